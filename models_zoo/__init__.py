@@ -1,0 +1,1 @@
+"""What a model is, free of frameworks: front ends, cards, audio reading, metrics, shipped weights."""

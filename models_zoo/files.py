@@ -1,0 +1,83 @@
+"""Write a file completely or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from models_zoo.errors import OutputExistsError, OutputWriteError
+
+__all__ = ["check_writable", "replacing"]
+
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.partial(?P<suffix>\.[^.]+)?$")
+
+
+def _process_is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what an earlier process, killed while writing ``path``, left beside it."""
+    for candidate in path.parent.glob(f".{path.name}.*.partial*"):
+        match = _PARTIAL.match(candidate.name)
+        if match and match["name"] == path.name and not _process_is_alive(int(match["pid"])):
+            candidate.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path, *, force: bool = False) -> Path:
+    """Return ``path`` once it is known that a result may be written there.
+
+    Call it before long work, so that a refused output is refused at once.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``force`` is false.
+        OutputWriteError: its folder cannot be made or ``path`` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputWriteError(f"cannot write {path}: it is a folder; name a file inside it")
+    if path.exists() and not force:
+        raise OutputExistsError(f"{path} exists; pass --force (force=True) to replace it, or choose another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputWriteError(f"cannot make the folder {path.parent}: {error.strerror or error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise OutputWriteError(f"cannot write into {path.parent}: no permission; choose another folder")
+    return path
+
+
+@contextmanager
+def replacing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its name when the block succeeds.
+
+    The temporary file keeps the suffix of ``path`` (some writers choose a format by it). It is removed
+    when the block raises; one left by a killed process is removed by the next write of the same path.
+
+    Raises:
+        OutputExistsError: ``path`` exists and ``force`` is false.
+        OutputWriteError: the operating system refused the write (full disk, permissions).
+    """
+    path = check_writable(path, force=force)
+    _remove_abandoned(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputWriteError(
+            f"could not write {path}: {error.strerror or error}; nothing was left under that name"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
