@@ -1,0 +1,282 @@
+"""The torch front end: the spec's features inside the training graph, with hooks where published recipes put them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models_zoo.errors import SpecError, WaveformError
+from models_zoo.filterbanks import analysis_tables, mel_recipe
+from models_zoo.specs import FrontendSpec
+
+__all__ = ["MelJitter", "Mixing", "SpecMasks", "TorchFrontend"]
+
+
+@dataclass(frozen=True)
+class MelJitter:
+    """Random mel edges, drawn once per batch in training.
+
+    f_min grows by U{0 .. f_min_range - 1} Hz; f_max moves by f_max_range // 2 - U{0 .. f_max_range - 1} Hz, kept
+    below half the sample rate. A range of 1 leaves its edge alone.
+
+    Source: EfficientAT models/preprocess.py (ranges 10 and 2000; f_max 14001 to 16000 Hz at 32 kHz).
+    """
+
+    f_min_range: int = 10
+    f_max_range: int = 2000
+
+    def __post_init__(self) -> None:
+        for field in ("f_min_range", "f_max_range"):
+            if getattr(self, field) < 1:
+                raise SpecError(f"{field}: got {getattr(self, field)}; expected at least 1 (1 for no jitter)", field=field)
+
+
+@dataclass(frozen=True)
+class SpecMasks:
+    """One frequency mask and one time mask per clip, on log-mel values before any normalisation.
+
+    Widths are U(0, max), starts U(0, size - width), both floored; 0 switches a mask off. ``value`` is in log units:
+    EfficientAT's 0 becomes 0.9 after its affine, a loud value, as published.
+
+    Source: torchaudio FrequencyMasking / TimeMasking with iid_masks, as in EfficientAT (48 and 192 by default).
+    """
+
+    max_mels: int = 48
+    max_frames: int = 192
+    value: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """A mixup draw: clip i becomes weight[i] * clip i + (1 - weight[i]) * clip permutation[i].
+
+    Attributes:
+        permutation: ``(batch,)`` int64.
+        weight: ``(batch,)`` float32 in [0, 1].
+    """
+
+    permutation: Tensor
+    weight: Tensor
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return ``values`` ``(batch, ...)`` mixed along the batch; labels mix the same way."""
+        weight = self.weight.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+        return values * weight + values[self.permutation] * (1 - weight)
+
+
+class TorchFrontend(nn.Module):
+    """Waveform -> features in torch, stage by stage as the spec declares.
+
+    The tables are the ones every implementation loads; none of them is part of a state_dict. Computed in float32
+    also under autocast. In ``eval()`` it draws no random numbers.
+
+    Args:
+        spec: the front end.
+        mel_jitter: random mel edges, in training mode only.
+        masks: spectrogram masks, in training mode only.
+        mix_at: stage at which ``forward(..., mixing=...)`` mixes clips: ``samples`` (waveforms), ``mel`` (linear
+            mel values before the log, as DCASE does) or ``features`` (as EfficientAT and MRMS do).
+    """
+
+    def __init__(
+        self,
+        spec: FrontendSpec,
+        *,
+        mel_jitter: MelJitter | None = None,
+        masks: SpecMasks | None = None,
+        mix_at: Literal["samples", "mel", "features"] = "features",
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.mel_jitter = mel_jitter
+        self.masks = masks
+        self.mix_at = mix_at
+        tables = analysis_tables(spec)
+        self._offsets = tables.offsets
+        self._bins = tables.bins
+        for index, window in enumerate(tables.windows):
+            self.register_buffer(f"_window{index}", torch.tensor(window), persistent=False)
+        self.register_buffer("_mel", torch.tensor(tables.mel), persistent=False)
+        ramp = None if tables.ramp is None else torch.tensor(tables.ramp)
+        self.register_buffer("_ramp", ramp, persistent=False)
+
+    def forward(self, waveform: Tensor, mixing: Mixing | None = None) -> Tensor:
+        """Return the features of ``waveform`` in the spec's layout, float32.
+
+        Args:
+            waveform: ``(batch, num_samples)`` float32 in [-1, 1] at ``spec.sample_rate`` Hz.
+            mixing: a mixup draw, applied at ``mix_at``.
+
+        Raises:
+            WaveformError: not two-dimensional.
+            ClipLengthError: shorter than ``spec.min_samples``.
+        """
+        value: Any = None
+        with torch.autocast(device_type=waveform.device.type, enabled=False):
+            for _, value in self._walk(waveform, mixing):
+                pass
+        return value
+
+    def stages(self, waveform: Tensor) -> dict[str, Any]:
+        """Return every intermediate by name, in order; see ``models_zoo.specs.STAGES`` for shapes."""
+        return dict(self._walk(waveform, None))
+
+    def _walk(self, waveform: Tensor, mixing: Mixing | None) -> Iterator[tuple[str, Any]]:
+        spec, framing = self.spec, self.spec.framing
+        x = waveform
+        if x.dim() != 2:
+            raise WaveformError(f"got shape {tuple(x.shape)}; expected (batch, num_samples)", code="rank")
+        spec.num_frames(x.shape[1])
+        x = x.float()
+
+        if mixing is not None and self.mix_at == "samples":
+            x = mixing(x)
+        if spec.samples is not None:
+            x = x[:, : spec.samples]
+            x = functional.pad(x, (0, spec.samples - x.shape[1]))
+        yield "samples", x  # (batch, num_samples)
+
+        edge = spec.preemphasis.edge if spec.preemphasis else None
+        coefficient = spec.preemphasis.coefficient if spec.preemphasis else 0.0
+        if edge in ("signal_drop", "signal_keep"):
+            filtered = x[:, 1:] - coefficient * x[:, :-1]
+            x = filtered if edge == "signal_drop" else torch.cat([x[:, :1], filtered], dim=1)
+        yield "preemphasis", x
+
+        if framing.lead:
+            x = functional.pad(x, (framing.lead, framing.lead))
+        if framing.padding != "snip":
+            mode = {"reflect": "reflect", "zero": "constant"}[framing.padding]
+            x = functional.pad(x, (spec.edge_padding, spec.edge_padding), mode=mode)
+        yield "padded", x
+
+        windows = [self.get_buffer(f"_window{index}") for index in range(len(spec.windows))]
+        frames = [
+            x[:, offset : x.shape[1] - spec.span + offset + window.numel()].unfold(
+                1, window.numel(), framing.hop_length
+            )
+            for window, offset in zip(windows, self._offsets, strict=True)
+        ]
+        if framing.remove_dc:
+            frames = [frame - frame.mean(dim=-1, keepdim=True) for frame in frames]
+        if edge == "frame":
+            frames = [
+                frame - coefficient * torch.cat([frame[..., :1], frame[..., :-1]], dim=-1) for frame in frames
+            ]
+        yield "frames", tuple(frames)  # each (batch, T, win_length)
+
+        frames = [frame * window for frame, window in zip(frames, windows, strict=True)]
+        yield "windowed", tuple(frames)
+
+        bins, matrix = self._mel_bank()
+        spectra = []
+        for frame in frames:
+            used = torch.view_as_real(torch.fft.rfft(frame, n=framing.n_fft)[..., bins])
+            power = used.square().sum(dim=-1)
+            spectra.append(power if spec.power == 2 else power.sqrt())
+        spectrum = torch.stack(spectra, dim=1)
+        yield "spectrum", spectrum  # (batch, windows, T, bins)
+
+        mel = spectrum @ matrix
+        mel = mel[:, :, framing.drop_first : mel.shape[2] - framing.drop_last]
+        if mixing is not None and self.mix_at == "mel":
+            mel = mixing(mel)
+        yield "mel", mel  # (batch, windows, T, n_mels)
+
+        y = torch.log(mel + spec.log.floor if spec.log.floor_mode == "add" else mel.clamp(min=spec.log.floor))
+        if spec.log.gain != 1:
+            y = y * spec.log.gain
+        if self.training and self.masks is not None:
+            y = _masked(y, self.masks)
+        yield "log", y
+
+        if spec.clamp is not None:
+            if spec.clamp.low is not None or spec.clamp.high is not None:
+                y = y.clamp(spec.clamp.low, spec.clamp.high)
+            if spec.clamp.below_max is not None:
+                y = torch.maximum(y, y.amax(dim=(1, 2, 3), keepdim=True) - spec.clamp.below_max)
+        yield "clamp", y
+
+        if spec.statistics is not None:
+            y = self._normalise(y)
+        yield "statistics", y
+
+        if spec.affine is not None:
+            y = (y + spec.affine.shift) / spec.affine.scale
+            if self._ramp is not None:
+                y = y + self._ramp
+        yield "affine", y
+
+        if spec.frames is not None:
+            count = spec.frames.count or -(-y.shape[2] // (spec.frames.multiple_of or 1)) * (spec.frames.multiple_of or 1)
+            y = y[:, :, :count]
+            y = functional.pad(y, (0, 0, 0, count - y.shape[2]), value=spec.frames.fill)
+        yield "length", y
+
+        y = self._arrange(y)
+        if mixing is not None and self.mix_at == "features":
+            y = mixing(y)
+        yield "features", y
+
+    def _mel_bank(self) -> tuple[slice, Tensor]:
+        """Return the FFT bins and the ``(bins, n_mels)`` matrix of this call: the table, or a jittered one."""
+        if not self.training or self.mel_jitter is None:
+            return self._bins, self._mel
+        mel, jitter = self.spec.mel, self.mel_jitter
+        f_min = mel.f_min + int(torch.randint(jitter.f_min_range, ()))
+        f_max = mel.f_max + jitter.f_max_range // 2 - int(torch.randint(jitter.f_max_range, ()))
+        if jitter.f_max_range == 1:
+            f_max = mel.f_max
+        jittered = mel.replace(f_min=float(f_min), f_max=float(min(f_max, self.spec.sample_rate / 2)))
+        matrix = mel_recipe(jittered, self.spec.framing.n_fft, self.spec.sample_rate)
+        return slice(None), torch.tensor(matrix, device=self._mel.device)
+
+    def _normalise(self, y: Tensor) -> Tensor:
+        statistics = self.spec.statistics
+        assert statistics is not None
+        dims = (2, 3) if statistics.over == "mel_time" else (2,)
+        if statistics.kind == "min_max":
+            low = y.amin(dim=dims, keepdim=True)
+            return (y - low) / (y.amax(dim=dims, keepdim=True) - low).clamp(min=statistics.eps)
+        centred = y - y.mean(dim=dims, keepdim=True)
+        if statistics.kind == "mean":
+            return centred
+        return centred / (y.std(dim=dims, keepdim=True, correction=statistics.ddof) + statistics.eps)
+
+    def _arrange(self, y: Tensor) -> Tensor:
+        """Return ``(batch, windows, T, n_mels)`` cut into patches and in the layout's order."""
+        spec = self.spec
+        axes = "bctm"
+        if spec.patches is not None:
+            y = y.unfold(2, spec.patches.length, spec.patches.hop).movedim(-1, 3)
+            axes = "bcptm"
+        if len(spec.windows) == 1:
+            y, axes = y.squeeze(1), axes.replace("c", "")
+        order = spec.layout.split(" ")
+        y = y.permute([axes.index(axis) for axis in order if axis != "1"])
+        for position, axis in enumerate(order):
+            if axis == "1":
+                y = y.unsqueeze(position)
+        return y.contiguous()
+
+
+def _masked(y: Tensor, masks: SpecMasks) -> Tensor:
+    """Return ``(batch, windows, T, n_mels)`` with one mask per clip along mel and one along time."""
+    for dim, longest in ((3, masks.max_mels), (2, masks.max_frames)):
+        if longest < 1:
+            continue
+        size = y.shape[dim]
+        width = torch.rand(y.shape[0], device=y.device) * min(longest, size)
+        start = torch.rand(y.shape[0], device=y.device) * (size - width)
+        begin = start.floor().view(-1, 1)
+        positions = torch.arange(size, device=y.device)
+        hidden = (positions >= begin) & (positions < begin + width.floor().view(-1, 1))
+        shape = [y.shape[0], 1, 1, 1]
+        shape[dim] = size
+        y = y.masked_fill(hidden.view(shape), masks.value)
+    return y
