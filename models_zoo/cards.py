@@ -186,7 +186,11 @@ class ModelCard(_Part):
     @model_validator(mode="before")
     @classmethod
     def _hash_labels(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("labels_sha256") is None and isinstance(data.get("labels"), (list, tuple)):
+        if (
+            isinstance(data, dict)
+            and data.get("labels_sha256") is None
+            and isinstance(data.get("labels"), (list, tuple))
+        ):
             if all(isinstance(label, str) for label in data["labels"]):
                 return {**data, "labels_sha256": labels_sha256(data["labels"])}
         return data
@@ -194,7 +198,9 @@ class ModelCard(_Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not _NAME.fullmatch(self.name):
-            raise CardError(f"name: got {self.name!r}; expected lower-case letters, digits, '.', '_', '-'", field="name")
+            raise CardError(
+                f"name: got {self.name!r}; expected lower-case letters, digits, '.', '_', '-'", field="name"
+            )
         for field in ("inputs", "outputs"):
             names = [part.name for part in getattr(self, field)]
             if len(set(names)) != len(names):

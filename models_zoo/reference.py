@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models_zoo.errors import SpecError, WaveformError
 from models_zoo.filterbanks import analysis_tables
-from models_zoo.specs import FrontendSpec
+from models_zoo.specs import FrontendSpec, Statistics
 
 __all__ = ["ReferenceFrontend"]
 
@@ -124,7 +124,7 @@ class ReferenceFrontend:
         yield "clamp", y
 
         if spec.statistics is not None:
-            y = self._normalise(y)
+            y = self._normalise(y, spec.statistics)
         yield "statistics", y
 
         if spec.affine is not None:
@@ -134,17 +134,15 @@ class ReferenceFrontend:
         yield "affine", y
 
         if spec.frames is not None:
-            count = spec.frames.count or -(-y.shape[2] // (spec.frames.multiple_of or 1)) * (spec.frames.multiple_of or 1)
+            count = spec.frames.applied_to(y.shape[2])
             y = y[:, :, :count]
             fill = ((0, 0), (0, 0), (0, count - y.shape[2]), (0, 0))
             y = np.pad(y, fill, constant_values=dtype.type(spec.frames.fill))
         yield "length", y
 
-        yield "features", self._arrange(y)
+        yield "features", self.arrange(y)
 
-    def _normalise(self, y: _Array) -> _Array:
-        statistics = self.spec.statistics
-        assert statistics is not None
+    def _normalise(self, y: _Array, statistics: Statistics) -> _Array:
         axes = (2, 3) if statistics.over == "mel_time" else (2,)
         eps = self.dtype.type(statistics.eps)
         if statistics.kind == "min_max":
@@ -155,7 +153,7 @@ class ReferenceFrontend:
             return centred
         return centred / (y.std(axis=axes, keepdims=True, ddof=statistics.ddof) + eps)
 
-    def _arrange(self, y: _Array) -> _Array:
+    def arrange(self, y: _Array) -> _Array:
         """Return ``(batch, windows, T, n_mels)`` cut into patches and in the layout's order."""
         spec = self.spec
         axes = "bctm"

@@ -169,7 +169,9 @@ class Clamp(Declaration):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.low is None and self.high is None and self.below_max is None:
-            raise SpecError("low: a clamp needs at least one of low, high, below_max; leave it out instead", field="low")
+            raise SpecError(
+                "low: a clamp needs at least one of low, high, below_max; leave it out instead", field="low"
+            )
         if self.low is not None and self.high is not None and self.high <= self.low:
             raise SpecError(f"high: got {self.high}; expected more than low, {self.low}", field="high")
         return self
@@ -229,6 +231,12 @@ class Frames(Declaration):
         if (self.count is None) == (self.multiple_of is None):
             raise SpecError("count: set exactly one of count and multiple_of", field="count")
         return self
+
+    def applied_to(self, num_frames: int) -> int:
+        """Return the number of frames that ``num_frames`` become."""
+        if self.multiple_of is not None:
+            return -(-num_frames // self.multiple_of) * self.multiple_of
+        return num_frames if self.count is None else self.count
 
 
 class Patches(Declaration):
@@ -340,12 +348,7 @@ class FrontendSpec(Declaration):
         return self.patches is None or self._final_frames(frames) >= self.patches.length
 
     def _final_frames(self, frames: int) -> int:
-        if self.frames is None:
-            return frames
-        if self.frames.count is not None:
-            return self.frames.count
-        assert self.frames.multiple_of is not None
-        return -(-frames // self.frames.multiple_of) * self.frames.multiple_of
+        return frames if self.frames is None else self.frames.applied_to(frames)
 
     @property
     def min_samples(self) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from models_zoo.errors import SpecError, WaveformError
 from models_zoo.filterbanks import analysis_tables, mel_recipe
-from models_zoo.specs import FrontendSpec
+from models_zoo.specs import FrontendSpec, Statistics
 
 __all__ = ["MelJitter", "Mixing", "SpecMasks", "TorchFrontend"]
 
@@ -33,7 +33,9 @@ class MelJitter:
     def __post_init__(self) -> None:
         for field in ("f_min_range", "f_max_range"):
             if getattr(self, field) < 1:
-                raise SpecError(f"{field}: got {getattr(self, field)}; expected at least 1 (1 for no jitter)", field=field)
+                raise SpecError(
+                    f"{field}: got {getattr(self, field)}; expected at least 1 (1 for no jitter)", field=field
+                )
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,7 @@ class TorchFrontend(nn.Module):
         if framing.remove_dc:
             frames = [frame - frame.mean(dim=-1, keepdim=True) for frame in frames]
         if edge == "frame":
-            frames = [
-                frame - coefficient * torch.cat([frame[..., :1], frame[..., :-1]], dim=-1) for frame in frames
-            ]
+            frames = [frame - coefficient * torch.cat([frame[..., :1], frame[..., :-1]], dim=-1) for frame in frames]
         yield "frames", tuple(frames)  # each (batch, T, win_length)
 
         frames = [frame * window for frame, window in zip(frames, windows, strict=True)]
@@ -203,7 +203,7 @@ class TorchFrontend(nn.Module):
         yield "clamp", y
 
         if spec.statistics is not None:
-            y = self._normalise(y)
+            y = _normalise(y, spec.statistics)
         yield "statistics", y
 
         if spec.affine is not None:
@@ -213,7 +213,7 @@ class TorchFrontend(nn.Module):
         yield "affine", y
 
         if spec.frames is not None:
-            count = spec.frames.count or -(-y.shape[2] // (spec.frames.multiple_of or 1)) * (spec.frames.multiple_of or 1)
+            count = spec.frames.applied_to(y.shape[2])
             y = y[:, :, :count]
             y = functional.pad(y, (0, 0, 0, count - y.shape[2]), value=spec.frames.fill)
         yield "length", y
@@ -235,18 +235,6 @@ class TorchFrontend(nn.Module):
         jittered = mel.replace(f_min=float(f_min), f_max=float(min(f_max, self.spec.sample_rate / 2)))
         matrix = mel_recipe(jittered, self.spec.framing.n_fft, self.spec.sample_rate)
         return slice(None), torch.tensor(matrix, device=self._mel.device)
-
-    def _normalise(self, y: Tensor) -> Tensor:
-        statistics = self.spec.statistics
-        assert statistics is not None
-        dims = (2, 3) if statistics.over == "mel_time" else (2,)
-        if statistics.kind == "min_max":
-            low = y.amin(dim=dims, keepdim=True)
-            return (y - low) / (y.amax(dim=dims, keepdim=True) - low).clamp(min=statistics.eps)
-        centred = y - y.mean(dim=dims, keepdim=True)
-        if statistics.kind == "mean":
-            return centred
-        return centred / (y.std(dim=dims, keepdim=True, correction=statistics.ddof) + statistics.eps)
 
     def _arrange(self, y: Tensor) -> Tensor:
         """Return ``(batch, windows, T, n_mels)`` cut into patches and in the layout's order."""
@@ -280,3 +268,15 @@ def _masked(y: Tensor, masks: SpecMasks) -> Tensor:
         shape[dim] = size
         y = y.masked_fill(hidden.view(shape), masks.value)
     return y
+
+
+def _normalise(y: Tensor, statistics: Statistics) -> Tensor:
+    """Return ``(batch, windows, T, n_mels)`` normalised by the clip's own statistics."""
+    dims = (2, 3) if statistics.over == "mel_time" else (2,)
+    if statistics.kind == "min_max":
+        low = y.amin(dim=dims, keepdim=True)
+        return (y - low) / (y.amax(dim=dims, keepdim=True) - low).clamp(min=statistics.eps)
+    centred = y - y.mean(dim=dims, keepdim=True)
+    if statistics.kind == "mean":
+        return centred
+    return centred / (y.std(dim=dims, keepdim=True, correction=statistics.ddof) + statistics.eps)

@@ -1,0 +1,241 @@
+"""The TensorFlow front end: the spec's features in one graph with dynamic batch and length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from models_zoo.errors import WaveformError
+from models_zoo.filterbanks import analysis_tables
+from models_zoo.specs import STAGES, Frames, FrontendSpec, Statistics
+
+__all__ = ["TFFrontend"]
+
+
+@tf.keras.utils.register_keras_serializable(package="crossfade")
+class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc]
+    """Waveform -> features in TensorFlow, stage by stage as the spec declares.
+
+    One explicit path (cut frames, window, ``tf.signal.rfft``, the FFT bins the mel matrix uses) serves every spec;
+    ``tf.signal.stft`` gives the same numbers and cannot express Kaldi's per-frame steps. The graph is compiled once:
+    a new batch size or clip length does not retrace. Always float32, whatever Keras' global dtype policy.
+
+    Args:
+        spec: the front end, or the plain mapping of one.
+    """
+
+    def __init__(self, spec: FrontendSpec | dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "dtype": "float32", "trainable": False})
+        self.spec = spec if isinstance(spec, FrontendSpec) else FrontendSpec.from_dict(spec)
+        self._tables = analysis_tables(self.spec)
+        signature = [tf.TensorSpec([None, None], tf.float32, name="waveform")]
+        self._graph = tf.function(self._features, input_signature=signature)
+        self._stages_graph = tf.function(lambda waveform: dict(self._walk(waveform)), input_signature=signature)
+        self.built = True
+
+    def call(self, waveform: Any) -> Any:
+        """Return the features of ``waveform`` in the spec's layout, float32.
+
+        Args:
+            waveform: ``(batch, num_samples)`` float32 in [-1, 1] at ``spec.sample_rate`` Hz.
+
+        Raises:
+            WaveformError: not two-dimensional.
+            ClipLengthError: shorter than ``spec.min_samples``.
+        """
+        self._check(waveform.shape)
+        return self._graph(waveform)
+
+    def features(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the same features as NumPy, without Keras in the way: the path of a prediction."""
+        self._check(waveform.shape)
+        return self._graph(waveform).numpy()  # type: ignore[no-any-return]
+
+    def stages(self, waveform: Any) -> dict[str, Any]:
+        """Return every intermediate by name, in order; see ``models_zoo.specs.STAGES`` for shapes."""
+        self._check(waveform.shape)
+        intermediates = self._stages_graph(waveform)
+        return {name: intermediates[name] for name in STAGES}
+
+    def save(self, folder: str | Path) -> None:
+        """Write a SavedModel whose ``serving_default`` maps ``waveform`` to ``features``.
+
+        It needs TensorFlow alone to run: ``tf.saved_model.load(folder).signatures["serving_default"]``.
+        """
+        module = tf.Module()
+        module.features = tf.function(
+            lambda waveform: {"features": self._features(waveform)},
+            input_signature=[tf.TensorSpec([None, None], tf.float32, name="waveform")],
+        )
+        tf.saved_model.save(module, str(folder), signatures={"serving_default": module.features})
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what :meth:`from_config` rebuilds the layer from."""
+        return {**super().get_config(), "spec": self.spec.to_dict()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Return the layer described by ``config``."""
+        return cls(**config)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Return the shape of the features; None where it follows a dynamic axis."""
+        batch, num_samples = input_shape
+        reference = num_samples if num_samples is not None else self.spec.min_samples
+        shape: list[int | None] = list(self.spec.output_shape(reference))
+        for position, axis in enumerate(self.spec.layout.split(" ")):
+            if axis == "b":
+                shape[position] = batch
+            elif axis in ("t", "p") and num_samples is None and not self._frames_are_fixed(axis):
+                shape[position] = None
+        return tuple(shape)
+
+    def _frames_are_fixed(self, axis: str) -> bool:
+        spec = self.spec
+        if axis == "t" and spec.patches is not None:
+            return True
+        return spec.samples is not None or (spec.frames is not None and spec.frames.count is not None)
+
+    def _check(self, shape: Any) -> None:
+        if len(shape) != 2:
+            raise WaveformError(f"got shape {tuple(shape)}; expected (batch, num_samples)", code="rank")
+        if shape[1] is not None:
+            self.spec.num_frames(int(shape[1]))
+
+    def _features(self, waveform: Any) -> Any:
+        value: Any = None
+        for _, value in self._walk(waveform):
+            pass
+        return value
+
+    def _walk(self, waveform: Any) -> Iterator[tuple[str, Any]]:
+        spec, framing, tables = self.spec, self.spec.framing, self._tables
+        x = waveform
+        # Reached only where the length is not known in Python, e.g. in a loaded SavedModel.
+        with tf.control_dependencies(
+            [tf.debugging.assert_greater_equal(tf.shape(x)[1], spec.min_samples, message="clip too short")]
+        ):
+            x = tf.identity(x)
+
+        if spec.samples is not None:
+            x = x[:, : spec.samples]
+            x = tf.pad(x, [[0, 0], [0, spec.samples - tf.shape(x)[1]]])
+        yield "samples", x  # (batch, num_samples)
+
+        edge = spec.preemphasis.edge if spec.preemphasis else None
+        coefficient = spec.preemphasis.coefficient if spec.preemphasis else 0.0
+        if edge in ("signal_drop", "signal_keep"):
+            filtered = x[:, 1:] - coefficient * x[:, :-1]
+            x = filtered if edge == "signal_drop" else tf.concat([x[:, :1], filtered], axis=1)
+        yield "preemphasis", x
+
+        if framing.lead:
+            x = tf.pad(x, [[0, 0], [framing.lead, framing.lead]])
+        if framing.padding != "snip":
+            mode = {"reflect": "REFLECT", "zero": "CONSTANT"}[framing.padding]
+            x = tf.pad(x, [[0, 0], [spec.edge_padding, spec.edge_padding]], mode)
+        yield "padded", x
+
+        slack = tf.shape(x)[1] - spec.span
+        frames = [
+            tf.signal.frame(x[:, offset : slack + offset + window.size], window.size, framing.hop_length)
+            for window, offset in zip(tables.windows, tables.offsets, strict=True)
+        ]
+        if framing.remove_dc:
+            frames = [frame - tf.reduce_mean(frame, axis=-1, keepdims=True) for frame in frames]
+        if edge == "frame":
+            frames = [frame - coefficient * tf.concat([frame[..., :1], frame[..., :-1]], axis=-1) for frame in frames]
+        yield "frames", tuple(frames)  # each (batch, T, win_length)
+
+        frames = [frame * window for frame, window in zip(frames, tables.windows, strict=True)]
+        yield "windowed", tuple(frames)
+
+        spectra = []
+        for frame in frames:
+            bins = tf.signal.rfft(frame, [framing.n_fft])[..., tables.bins]
+            power = tf.square(tf.math.real(bins)) + tf.square(tf.math.imag(bins))
+            spectra.append(power if spec.power == 2 else tf.sqrt(power))
+        spectrum = tf.stack(spectra, axis=1) if len(spectra) > 1 else spectra[0][:, None]
+        yield "spectrum", spectrum  # (batch, windows, T, bins)
+
+        mel = tf.tensordot(spectrum, tables.mel, 1)
+        if framing.drop_first or framing.drop_last:
+            mel = mel[:, :, framing.drop_first : tf.shape(mel)[2] - framing.drop_last]
+        yield "mel", mel  # (batch, windows, T, n_mels)
+
+        floor = tf.constant(spec.log.floor, tf.float32)
+        y = tf.math.log(mel + floor if spec.log.floor_mode == "add" else tf.maximum(mel, floor))
+        if spec.log.gain != 1:
+            y = y * spec.log.gain
+        yield "log", y
+
+        if spec.clamp is not None:
+            if spec.clamp.low is not None:
+                y = tf.maximum(y, spec.clamp.low)
+            if spec.clamp.high is not None:
+                y = tf.minimum(y, spec.clamp.high)
+            if spec.clamp.below_max is not None:
+                y = tf.maximum(y, tf.reduce_max(y, axis=[1, 2, 3], keepdims=True) - spec.clamp.below_max)
+        yield "clamp", y
+
+        if spec.statistics is not None:
+            y = _normalise(y, spec.statistics)
+        yield "statistics", y
+
+        if spec.affine is not None:
+            y = (y + spec.affine.shift) / spec.affine.scale
+            if tables.ramp is not None:
+                y = y + tables.ramp
+        yield "affine", y
+
+        if spec.frames is not None:
+            y = _fix_frames(y, spec.frames)
+        yield "length", y
+
+        yield "features", self._arrange(y)
+
+    def _arrange(self, y: Any) -> Any:
+        """Return ``(batch, windows, T, n_mels)`` cut into patches and in the layout's order."""
+        spec = self.spec
+        axes = "bctm"
+        if spec.patches is not None:
+            y, axes = tf.signal.frame(y, spec.patches.length, spec.patches.hop, axis=2), "bcptm"
+        if len(spec.windows) == 1:
+            y, axes = tf.squeeze(y, axis=1), axes.replace("c", "")
+        order = spec.layout.split(" ")
+        y = tf.transpose(y, [axes.index(axis) for axis in order if axis != "1"])
+        for position, axis in enumerate(order):
+            if axis == "1":
+                y = tf.expand_dims(y, position)
+        return y
+
+
+def _fix_frames(y: Any, frames: Frames) -> Any:
+    """Return ``(batch, windows, T, n_mels)`` cut or filled along T."""
+    if frames.count is not None:
+        count = frames.count
+        y = y[:, :, :count]
+    else:
+        count = -(-tf.shape(y)[2] // frames.multiple_of) * frames.multiple_of
+    return tf.pad(y, [[0, 0], [0, 0], [0, count - tf.shape(y)[2]], [0, 0]], constant_values=frames.fill)
+
+
+def _normalise(y: Any, statistics: Statistics) -> Any:
+    """Return ``(batch, windows, T, n_mels)`` normalised by the clip's own statistics."""
+    axes = [2, 3] if statistics.over == "mel_time" else [2]
+    if statistics.kind == "min_max":
+        low = tf.reduce_min(y, axis=axes, keepdims=True)
+        span = tf.reduce_max(y, axis=axes, keepdims=True) - low
+        # Not "span + eps": the graph optimiser reassociates that sum and silence becomes 0 / 0.
+        return (y - low) / tf.maximum(span, statistics.eps)
+    centred = y - tf.reduce_mean(y, axis=axes, keepdims=True)
+    if statistics.kind == "mean":
+        return centred
+    count = tf.cast(tf.reduce_prod(tf.gather(tf.shape(y), axes)) - statistics.ddof, y.dtype)
+    variance = tf.reduce_sum(tf.square(centred), axis=axes, keepdims=True) / count
+    return centred / (tf.sqrt(variance) + statistics.eps)
