@@ -1,0 +1,564 @@
+"""Labelled recordings in a folder: reading them, splitting them, and proving that no split leaks.
+
+Three layouts are recognised, in this order:
+
+1. ``metadata.csv`` with the columns ``file`` and ``label`` and, if wanted, ``split``, ``speaker``, ``fold``,
+   ``onset`` and ``offset`` (seconds); other columns are ignored. Several labels are separated by ``;``. A file may
+   have several rows where each has its own onset and offset.
+2. ESC-50's own: ``meta/esc50.csv`` (``filename``, ``fold``, ``target``, ``category``) beside ``audio/``.
+3. A folder of class folders, at choice below folders named after splits: ``dog/1.wav`` or ``train/dog/1.wav``.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models_zoo.errors import DataError
+from models_zoo.files import replacing
+
+__all__ = ["AUDIO_SUFFIXES", "SPLITS", "Dataset", "Group", "Record", "read_dataset", "read_split"]
+
+Group = Literal["speaker", "fold"]
+
+SPLITS = ("train", "validation", "test")
+"""The split names; ``training``, ``val``, ``valid``, ``eval`` and ``evaluation`` are read as one of them."""
+
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+
+AUDIO_SUFFIXES = frozenset(
+    {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64"}
+)
+"""Lower-case suffixes of the files taken for recordings in class folders."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One labelled recording, or one labelled stretch of it.
+
+    Attributes:
+        file: path of the recording.
+        labels: its classes, at least one.
+        split: ``train``, ``validation``, ``test``, or None where none was declared.
+        speaker, fold: groups that must not be torn between splits, or None.
+        onset, offset: the stretch the labels hold for, in seconds, or None for the whole file.
+    """
+
+    file: Path
+    labels: tuple[str, ...]
+    split: str | None = None
+    speaker: str | None = None
+    fold: str | None = None
+    onset: float | None = None
+    offset: float | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled recordings and the ordered classes they are labelled with.
+
+    Attributes:
+        records: in the order of the table, or sorted by path for class folders.
+        labels: all classes, sorted; ESC-50's in the order of its ``target`` column.
+        root: folder that file names are written relative to.
+    """
+
+    records: tuple[Record, ...]
+    labels: tuple[str, ...]
+    root: Path
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name_of(self, record: Record) -> str:
+        """Return the file of ``record`` relative to :attr:`root`, with forward slashes."""
+        return record.file.relative_to(self.root).as_posix()
+
+    def select(self, split: str | None = None) -> Dataset:
+        """Return the records of one split (all of them for None); the classes stay the same.
+
+        Raises:
+            DataError: an unknown split name, or no record belongs to it.
+        """
+        if split is None:
+            return self
+        wanted = _split_name(split, "select")
+        chosen = tuple(record for record in self.records if record.split == wanted)
+        if not chosen:
+            present = sorted({str(record.split) for record in self.records})
+            raise DataError(
+                f"{self.root}: no recording in split {wanted!r}; splits present: {', '.join(present)} "
+                "('None': the data declares no split; split it by file, speaker or fold)"
+            )
+        return replace(self, records=chosen)
+
+    def class_counts(self) -> dict[str, int]:
+        """Return label -> number of records with it, in the order of :attr:`labels`, zeros included."""
+        counts = dict.fromkeys(self.labels, 0)
+        for record in self.records:
+            for label in record.labels:
+                counts[label] += 1
+        return counts
+
+    def multi_hot(self) -> NDArray[np.float32]:
+        """Return ``(num_records, num_classes)`` float32, 1 where a record has a class and 0 elsewhere."""
+        index = {label: i for i, label in enumerate(self.labels)}
+        targets = np.zeros((len(self.records), len(self.labels)), np.float32)
+        for row, record in enumerate(self.records):
+            targets[row, [index[label] for label in record.labels]] = 1
+        return targets
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether any record has more than one class."""
+        return any(len(record.labels) > 1 for record in self.records)
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether every record belongs to a split."""
+        return all(record.split is not None for record in self.records)
+
+    def with_labels(self, labels: Sequence[str]) -> Dataset:
+        """Return the data set with its classes in the order of ``labels``, e.g. a model's.
+
+        Raises:
+            DataError: a record has a class that is not in ``labels``.
+        """
+        strangers = [label for label in self.labels if label not in set(labels)]
+        if strangers:
+            raise DataError(
+                f"{self.root}: {len(strangers)} labels are unknown to the model: {_some(strangers)}; "
+                f"the model's {len(labels)} labels: {_some(labels)}"
+            )
+        return replace(self, labels=tuple(labels))
+
+    def by_file(self) -> Dataset:
+        """Return one record per file with all its labels and no onset: clip labels from labelled stretches."""
+        merged: dict[Path, Record] = {}
+        for record in self.records:
+            before = merged.get(record.file, record)
+            labels = tuple(dict.fromkeys(before.labels + record.labels))
+            merged[record.file] = replace(before, labels=labels, onset=None, offset=None)
+        return replace(self, records=tuple(merged.values()))
+
+    def remarks(self) -> list[str]:
+        """Return what is legal but worth knowing before training: one class only, classes absent from a split."""
+        remarks = []
+        if len(self.labels) == 1:
+            remarks.append(f"only one class, {self.labels[0]!r}: any model is right about it")
+        for split in SPLITS:
+            part = [record for record in self.records if record.split == split]
+            absent = set(self.labels) - {label for record in part for label in record.labels}
+            if part and absent:
+                remarks.append(f"split {split!r} has no recording of {_some(sorted(absent))}")
+        return remarks
+
+    def with_split(self, splits: Mapping[str, str]) -> Dataset:
+        """Return the data set with the split of every file as in ``splits``, keyed as :meth:`name_of`.
+
+        Raises:
+            DataError: a file is missing from ``splits``, or ``splits`` names one that is not here.
+        """
+        names = {self.name_of(record) for record in self.records}
+        for kind, difference in (("not in the split", names - set(splits)), ("not in the data", set(splits) - names)):
+            if difference:
+                raise DataError(f"{self.root}: {len(difference)} files are {kind}: {_some(sorted(difference))}")
+        return self._assigned(lambda record: _split_name(splits[self.name_of(record)], self.name_of(record)))
+
+    def split_by_file(self, *, test: float = 0.2, validation: float = 0.0, seed: int = 0) -> Dataset:
+        """Return the data set split file by file, the same way for the same ``seed`` on any machine.
+
+        Every class is spread over the splits in the same shares, as far as its number of files allows.
+
+        Args:
+            test, validation: shares of the files, each in [0, 1), together below 1.
+            seed: another number gives another split.
+        """
+        _check_shares(test, validation)
+        files = {self.name_of(record): record.labels for record in self.by_file().records}
+        order = sorted(files, key=lambda name: (files[name], _shuffle_key(seed, name)))
+        held = _every_nth(order, test + validation)
+        tested = set(_every_nth(held, test / (test + validation) if held else 0.0))
+        splits = dict.fromkeys(order, "train") | {name: "test" if name in tested else "validation" for name in held}
+        return self.with_split(splits)
+
+    def split_by_group(
+        self,
+        by: Group,
+        *,
+        test: float = 0.2,
+        validation: float = 0.0,
+        held_out: Iterable[str] | None = None,
+        seed: int = 0,
+    ) -> Dataset:
+        """Return the data set split so that no speaker (or fold) is on two sides.
+
+        Args:
+            by: ``speaker`` or ``fold``.
+            test, validation: shares of the records aimed at; at least one group each where above 0.
+            held_out: the groups to test on; ``test`` and ``seed`` then do not choose them.
+            seed: another number gives another split.
+
+        Raises:
+            DataError: a record has no group, a group in ``held_out`` is unknown, or none is left to train on.
+        """
+        _check_shares(test, validation)
+        sizes = self._groups(by)
+        order = sorted(sizes, key=lambda group: _shuffle_key(seed, group))
+        if held_out is not None:
+            tested = list(dict.fromkeys(held_out))
+            strangers = sorted(set(tested) - set(sizes))
+            if strangers:
+                raise DataError(f"{self.root}: no {by} called {_some(strangers)}; present: {_some(sorted(sizes))}")
+        else:
+            tested = _fill(order, sizes, test)
+        validated = _fill([group for group in order if group not in tested], sizes, validation)
+        if len(tested) + len(validated) >= len(sizes):
+            raise DataError(
+                f"{self.root}: nothing left to train on: {len(sizes)} {by}s ({_some(sorted(sizes))}), of which "
+                f"{len(tested)} test and {len(validated)} validation; hold out fewer"
+            )
+        sides = dict.fromkeys(tested, "test") | dict.fromkeys(validated, "validation")
+        return self._assigned(lambda record: sides.get(str(getattr(record, by)), "train"))
+
+    def leave_one_out(self, by: Group) -> Iterator[tuple[str, Dataset]]:
+        """Yield (group, data set with that group as ``test`` and the others as ``train``), in sorted order."""
+        for group in sorted(self._groups(by)):
+            yield group, self.split_by_group(by, held_out=[group])
+
+    def carve_validation(self, share: float = 0.1, *, by: Literal["file"] | Group = "file", seed: int = 0) -> Dataset:
+        """Return the data set with ``share`` of its ``train`` records moved to ``validation``; test stays as it is."""
+        train = self.select("train")
+        part = (
+            train.split_by_file(test=0.0, validation=share, seed=seed)
+            if by == "file"
+            else train.split_by_group(by, test=0.0, validation=share, seed=seed)
+        )
+        moved = {record.file for record in part.records if record.split == "validation"}
+        return self._assigned(lambda record: "validation" if record.file in moved else record.split)
+
+    def check_disjoint(self, by: Group | None = None) -> None:
+        """Prove that no file, and no group where ``by`` is given, is on two sides.
+
+        Raises:
+            DataError: one is; the message names it and its splits.
+        """
+        sides: dict[str, set[str | None]] = defaultdict(set)
+        for record in self.records:
+            sides[self.name_of(record)].add(record.split)
+            if by is not None:
+                sides[f"{by} {getattr(record, by)}"].add(record.split)
+        torn = {name: splits for name, splits in sides.items() if len(splits) > 1}
+        if torn:
+            name, splits = next(iter(torn.items()))
+            raise DataError(
+                f"{self.root}: {len(torn)} are in more than one split, e.g. {name!r} in {sorted(map(str, splits))}; "
+                "a file or group belongs to one split"
+            )
+
+    def copies_across_splits(self) -> list[tuple[str, ...]]:
+        """Return groups of files with equal bytes that lie in different splits; reads every file once."""
+        same: dict[str, dict[str, str | None]] = defaultdict(dict)
+        for record in self.by_file().records:
+            try:
+                with open(record.file, "rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(f"{record.file}: cannot be read: {error.strerror or error}") from error
+            same[digest][self.name_of(record)] = record.split
+        return [tuple(sorted(files)) for files in same.values() if len(set(files.values())) > 1]
+
+    def write_split(self, path: str | Path, *, force: bool = False) -> None:
+        """Write ``file,label,split``, one row per file; read it back with :func:`read_split`.
+
+        Raises:
+            DataError: a record has no split, or a file is in two.
+            OutputExistsError, OutputWriteError: see :func:`models_zoo.files.replacing`.
+        """
+        self.check_disjoint()
+        if not self.has_splits:
+            raise DataError(f"{self.root}: some recordings are in no split; split the data before writing the split")
+        with replacing(path, force=force) as partial, open(partial, "w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(("file", "label", "split"))
+            for record in self.by_file().records:
+                writer.writerow((self.name_of(record), ";".join(record.labels), record.split))
+
+    def _assigned(self, side: Callable[[Record], str | None]) -> Dataset:
+        return replace(self, records=tuple(replace(record, split=side(record)) for record in self.records))
+
+    def _groups(self, by: Group) -> dict[str, int]:
+        if by not in ("speaker", "fold"):
+            raise DataError(f"got a grouping by {by!r}; expected 'speaker' or 'fold'")
+        sizes: dict[str, int] = defaultdict(int)
+        for record in self.records:
+            group = getattr(record, by)
+            if group is None:
+                raise DataError(
+                    f"{self.root}: {self.name_of(record)!r} has no {by}; grouping needs the column {by!r} for every row"
+                )
+            sizes[group] += 1
+        return dict(sizes)
+
+
+def read_dataset(
+    path: str | Path,
+    *,
+    split_by: Literal["file"] | Group | None = None,
+    test: float = 0.2,
+    validation: float = 0.0,
+    seed: int = 0,
+) -> Dataset:
+    """Return the labelled recordings of a folder (or of a ``.csv`` table) in one of the layouts above.
+
+    Args:
+        path: the folder, or the table itself; file names in it are relative to the table.
+        split_by: None keeps the declared splits (none where nothing is declared); ``file``, ``speaker`` or
+            ``fold`` replaces them by a seeded split.
+        test, validation, seed: of that seeded split.
+
+    Raises:
+        DataError: no such folder, nothing recognised in it, missing columns, rows or files; names the row or file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such folder; give a folder of class folders, or one with a metadata.csv")
+    if path.is_file():
+        dataset = _read_table(path)
+    elif (path / "metadata.csv").is_file():
+        dataset = _read_table(path / "metadata.csv")
+    elif (path / "meta" / "esc50.csv").is_file():
+        dataset = _read_esc50(path)
+    else:
+        dataset = _read_class_folders(path)
+    if split_by is None:
+        return dataset
+    if split_by == "file":
+        return dataset.split_by_file(test=test, validation=validation, seed=seed)
+    return dataset.split_by_group(split_by, test=test, validation=validation, seed=seed)
+
+
+def read_split(path: str | Path) -> dict[str, str]:
+    """Return file -> split as :meth:`Dataset.write_split` wrote it, for :meth:`Dataset.with_split`.
+
+    Raises:
+        DataError: missing file or columns, an unknown split, or a file listed twice.
+    """
+    splits: dict[str, str] = {}
+    for where, row in _rows(Path(path), ("file", "split")):
+        if row["file"] in splits:
+            raise DataError(f"{where}: {row['file']!r} is listed twice")
+        splits[row["file"]] = _split_name(row["split"], where)
+    return splits
+
+
+def _read_table(path: Path) -> Dataset:
+    root = path.parent
+    records = []
+    for where, row in _rows(path, ("file", "label")):
+        onset, offset = _stretch(row, where)
+        records.append(
+            Record(
+                file=_inside(root, row["file"], where),
+                labels=_split_labels(row["label"], where),
+                split=_split_name(row["split"], where) if row.get("split") else None,
+                speaker=row.get("speaker") or None,
+                fold=row.get("fold") or None,
+                onset=onset,
+                offset=offset,
+            )
+        )
+    return _checked(records, root, path)
+
+
+def _read_esc50(root: Path) -> Dataset:
+    table = root / "meta" / "esc50.csv"
+    records = []
+    order: dict[str, int] = {}
+    for where, row in _rows(table, ("filename", "fold", "target", "category")):
+        labels = _split_labels(row["category"], where)
+        try:
+            target = int(row["target"])
+        except ValueError:
+            raise DataError(f"{where}: got target {row['target']!r}; expected a class number") from None
+        if order.setdefault(labels[0], target) != target:
+            raise DataError(f"{where}: {labels[0]!r} has target {target} here and {order[labels[0]]} before")
+        records.append(Record(_inside(root / "audio", row["filename"], where), labels, fold=row["fold"] or None))
+    dataset = _checked(records, root, table)
+    return replace(dataset, labels=tuple(sorted(dataset.labels, key=lambda label: (order[label], label))))
+
+
+def _read_class_folders(root: Path) -> Dataset:
+    def recordings(folder: Path) -> list[Path]:
+        found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+        return sorted(
+            path
+            for path in found
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        )
+
+    files = recordings(root)
+    if not files:
+        raise DataError(
+            f"{root}: no recordings found; expected a metadata.csv (file,label), ESC-50's meta/esc50.csv, or class "
+            f"folders with files ending in {', '.join(sorted(AUDIO_SUFFIXES))}"
+        )
+    tops = {file.relative_to(root).parts[0] for file in files}
+    depth = 1 if all(top.lower() in _SPLIT_NAMES for top in tops) else 0
+    records = []
+    for file in files:
+        parts = file.relative_to(root).parts
+        if len(parts) < depth + 2:
+            raise DataError(f"{file}: lies in no class folder; move it into one, or write a metadata.csv (file,label)")
+        split = _split_name(parts[0], str(file)) if depth else None
+        records.append(Record(file, _split_labels(parts[depth], str(file)), split=split))
+    return _checked(records, root, root)
+
+
+def _rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (``table:line``, row) of a CSV table; header names and values stripped of spaces."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, skipinitialspace=True, strict=True)
+            header = [name.strip().lower() for name in next(reader, [])]
+            missing = [name for name in required if name not in header]
+            if missing:
+                raise DataError(
+                    f"{path}: missing column {', '.join(map(repr, missing))}; found {', '.join(map(repr, header))}; "
+                    f"expected at least {','.join(required)}, separated by commas"
+                )
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: a column name appears twice in {','.join(header)}")
+            for row in reader:
+                if not any(value.strip() for value in row):
+                    continue
+                where = f"{path}:{reader.line_num}"
+                if len(row) != len(header):
+                    raise DataError(
+                        f"{where}: got {len(row)} values; expected {len(header)} ({','.join(header)}); "
+                        "quote values that contain a comma"
+                    )
+                values = dict(zip(header, (value.strip() for value in row), strict=True))
+                empty = [name for name in required if not values[name]]
+                if empty:
+                    raise DataError(f"{where}: empty {', '.join(map(repr, empty))}; every row needs one")
+                yield where, values
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a CSV table in UTF-8: {error}") from error
+
+
+def _checked(records: list[Record], root: Path, source: Path) -> Dataset:
+    if not records:
+        raise DataError(f"{source}: lists no recordings")
+    missing = sorted({record.file.relative_to(root).as_posix() for record in records if not record.file.is_file()})
+    if missing:
+        raise DataError(f"{source}: {len(missing)} listed files are missing: {_some(missing)}")
+    rows: dict[Path, list[Record]] = defaultdict(list)
+    for record in records:
+        rows[record.file].append(record)
+    for file, same in rows.items():
+        name = file.relative_to(root).as_posix()
+        if len(same) > 1 and any(record.onset is None for record in same):
+            raise DataError(
+                f"{source}: {name!r} has {len(same)} rows; expected one, with several labels separated by ';', "
+                "or an onset and offset in each"
+            )
+        if len({(record.labels, record.onset, record.offset) for record in same}) < len(same):
+            raise DataError(f"{source}: {name!r} has the same row twice")
+        if len({(record.speaker, record.fold) for record in same}) > 1:
+            raise DataError(f"{source}: {name!r} has rows with different speakers or folds")
+    labels = tuple(sorted({label for record in records for label in record.labels}))
+    dataset = Dataset(tuple(records), labels, root)
+    dataset.check_disjoint()
+    some, every = any(record.split for record in records), dataset.has_splits
+    if some and not every:
+        bare = [dataset.name_of(record) for record in records if record.split is None]
+        raise DataError(f"{source}: {len(bare)} recordings are in no split while others are: {_some(bare)}")
+    return dataset
+
+
+def _inside(root: Path, name: str, where: str) -> Path:
+    parts = PurePosixPath(name).parts
+    if Path(name).is_absolute() or ".." in parts or not parts or "\0" in name:
+        raise DataError(f"{where}: file {name!r} leads out of {root}; expected a path below it")
+    return root.joinpath(*parts)
+
+
+def _split_labels(text: str, where: str) -> tuple[str, ...]:
+    labels = tuple(label.strip() for label in text.split(";"))
+    if not all(labels) or len(set(labels)) < len(labels):
+        raise DataError(f"{where}: got label {text!r}; expected distinct names separated by ';', none of them empty")
+    return labels
+
+
+def _split_name(name: str, where: str) -> str:
+    try:
+        return _SPLIT_NAMES[name.lower()]
+    except KeyError:
+        raise DataError(f"{where}: unknown split {name!r}; expected one of {', '.join(_SPLIT_NAMES)}") from None
+
+
+def _stretch(row: Mapping[str, str], where: str) -> tuple[float | None, float | None]:
+    texts = row.get("onset", ""), row.get("offset", "")
+    if texts == ("", ""):
+        return None, None
+    try:
+        onset, offset = float(texts[0]), float(texts[1])
+    except ValueError:
+        raise DataError(f"{where}: got onset {texts[0]!r}, offset {texts[1]!r}; expected seconds in both") from None
+    if not 0 <= onset < offset < math.inf:
+        raise DataError(f"{where}: got onset {onset}, offset {offset}; expected 0 <= onset < offset, in seconds")
+    return onset, offset
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    shown = ", ".join(map(repr, names[:limit]))
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+
+
+def _check_shares(test: float, validation: float) -> None:
+    if not (0 <= test < 1 and 0 <= validation < 1 and test + validation < 1):
+        raise DataError(f"got test={test}, validation={validation}; expected shares in [0, 1), together below 1")
+
+
+def _shuffle_key(seed: int, name: str) -> str:
+    """A pseudo-random order that depends on nothing but the seed and the name."""
+    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
+
+
+def _every_nth(names: Sequence[str], share: float) -> list[str]:
+    """Return ``share`` of ``names``, evenly spaced, so that every run of equal labels gives its part."""
+    return [name for i, name in enumerate(names) if math.floor((i + 1) * share + 0.5) > math.floor(i * share + 0.5)]
+
+
+def _fill(order: Sequence[str], sizes: Mapping[str, int], share: float) -> list[str]:
+    """Return the first groups of ``order`` until ``share`` of all records is reached; at least one if share > 0."""
+    chosen: list[str] = []
+    target = share * sum(sizes.values())
+    for group in order if share > 0 else ():
+        held = sum(sizes[name] for name in chosen)
+        if chosen and held + sizes[group] / 2 > target:
+            break
+        chosen.append(group)
+    return chosen
