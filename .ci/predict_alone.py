@@ -1,0 +1,40 @@
+"""Run by check_wheel where only the wheel and its [infer] extra are installed: every shipped model predicts."""
+
+import importlib.util
+
+import numpy as np
+
+import infer_tf
+import models_zoo
+from infer_tf import TFAudioClassifier
+from models_zoo.registry import list_shipped
+from models_zoo.soundscapes import CLASSES, render
+
+for name in (
+    "torch",
+    "torchaudio",
+    "lightning",
+    "sklearn",
+    "matplotlib",
+    "onnx",
+    "train_torch",
+    "export",
+    "parity_tests",
+):
+    if importlib.util.find_spec(name) is not None:
+        raise SystemExit(f"{name} is importable; the production environment must not have it")
+for package in (models_zoo, infer_tf):
+    if "site-packages" not in str(package.__file__):
+        raise SystemExit(f"{package.__name__} comes from {package.__file__}, not from the wheel")
+
+names = list_shipped()
+if not names:
+    raise SystemExit("the wheel ships no model")
+for name in names:
+    with TFAudioClassifier(name) as classifier:
+        sample_rate = classifier.card.sample_rate
+        clip = render(CLASSES[0], 2.0, sample_rate, np.random.default_rng(0))
+        prediction = classifier.predict(clip)
+    if not np.isfinite(prediction.probabilities).all():
+        raise SystemExit(f"{name}: probabilities are not finite")
+    print(f"{name}: {prediction.top(1)}")
