@@ -1,0 +1,65 @@
+"""The zoo: cards of published checkpoints, and models that ship with the package."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import re
+from pathlib import Path
+
+from models_zoo.cards import ModelCard
+from models_zoo.errors import UnknownNameError
+from models_zoo.presets import get_frontend
+
+__all__ = ["get_card", "list_models", "list_shipped", "shipped_model"]
+
+_HERE = Path(__file__).parent
+_CARDS = _HERE / "cards"
+_WEIGHTS = _HERE / "weights"
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the sorted names of the cards that match ``pattern`` (shell style, e.g. ``"mn10_as*"``)."""
+    return fnmatch.filter(sorted(path.stem for path in _CARDS.glob("*.json")), pattern.lower())
+
+
+def get_card(name: str) -> ModelCard:
+    """Return the card called ``name``; ``mn40_as(2)``, the published spelling, is ``mn40_as_2`` here.
+
+    Raises:
+        UnknownNameError: no such card; the message suggests near names.
+        CardError: the card's file is impossible; names the field.
+    """
+    return _read_card(re.sub(r"\((\d)\)$", r"_\1", name.lower()))
+
+
+@functools.cache
+def _read_card(name: str) -> ModelCard:
+    if name not in list_models():
+        raise UnknownNameError("model", name, list_models())
+    data = json.loads((_CARDS / f"{name}.json").read_text(encoding="utf-8"))
+    # A card in the zoo may name a preset and a label set instead of repeating them; a travelling card holds both.
+    if isinstance(data.get("frontend"), str):
+        data["frontend"] = get_frontend(data["frontend"]).to_dict()
+    if isinstance(data.get("labels"), str):
+        from models_zoo.labels import label_names
+
+        data["labels"] = list(label_names(data["labels"]))
+    return ModelCard.from_dict(data)
+
+
+def list_shipped() -> list[str]:
+    """Return the sorted names of the models whose ONNX file ships with the package."""
+    return sorted(path.stem for path in _WEIGHTS.glob("*.onnx"))
+
+
+def shipped_model(name: str) -> Path:
+    """Return the ONNX file of a shipped model; its card is inside.
+
+    Raises:
+        UnknownNameError: no model of that name ships; the message suggests near names.
+    """
+    if name not in list_shipped():
+        raise UnknownNameError("shipped model", name, list_shipped())
+    return _WEIGHTS / f"{name}.onnx"
