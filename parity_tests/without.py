@@ -9,7 +9,6 @@ import runpy
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 __all__ = ["Unimportable", "make_unimportable"]
 
@@ -20,9 +19,7 @@ class Unimportable:
     def __init__(self, packages: Sequence[str]) -> None:
         self.packages = frozenset(packages)
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """Return None for other packages, so that the next finder is asked.
 
         Raises:

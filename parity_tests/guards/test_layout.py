@@ -76,7 +76,7 @@ def test_imports_point_one_way(folder):
 
 
 def test_the_import_reader_sees_every_form():
-    code = "import a.b\nfrom c.d import e\ndef f():\n    import g\n    importlib.import_module('h.i')\n    __import__('j')\n"
+    code = "import a.b\nfrom c.d import e\ndef f():\n    import g\n    x.import_module('h.i')\n    __import__('j')\n"
     assert [package for package, _ in imported_packages(ast.parse(code))] == ["a", "c", "g", "h", "j"]
 
 
@@ -116,9 +116,8 @@ def test_public_names_are_declared(name):
     assert sorted(set(declared)) == sorted(declared), f"{name}.__all__ repeats a name"
     assert [entry for entry in declared if not hasattr(module, entry)] == []
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
-    public = {
-        node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"
-    }
+    defined = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    public = {entry for entry in defined if not entry.startswith("_")}
     assert public <= set(declared), f"{name}: public but not in __all__: {sorted(public - set(declared))}"
 
 
@@ -165,9 +164,7 @@ def test_production_checks_input_with_errors_not_asserts():
 # Written with classes of one letter so that this file does not match itself.
 FORBIDDEN = {
     "a path of somebody's machine": re.compile(rb"/(wor[k]|hom[e]|User[s]|tm[p]|roo[t]|mn[t])/[A-Za-z.]"),
-    "the address of a package index": re.compile(
-        rb"pypi\.or[g]/simple|pythonhoste[d]|download\.pytorc[h]|deb\.debia[n]", re.I
-    ),
+    "the address of a package index": re.compile(rb"pypi\.or[g]/simple|pythonhoste[d]|download\.pytorc[h]", re.I),
     "a merge conflict": re.compile(rb"^(<<<<<<[<] |>>>>>>[>] )", re.M),
 }
 
@@ -197,11 +194,8 @@ def test_weights_stay_small():
     sizes = {path: path.stat().st_size for path in shipped_files()}
     weights = sum(size for path, size in sizes.items() if "weights" in path.parts)
     assert weights < 40e6, f"shipped weights are {weights / 1e6:.1f} MB; together they stay under 40 MB"
-    big = [
-        f"{name_of(path)} {size / 1e6:.1f} MB"
-        for path, size in sizes.items()
-        if size > 4 << 20 and "weights" not in path.parts
-    ]
+    others = {path: size for path, size in sizes.items() if "weights" not in path.parts}
+    big = [f"{name_of(path)} {size / 1e6:.1f} MB" for path, size in others.items() if size > 4 << 20]
     assert not big, f"large files outside models_zoo/weights: {big}"
     audio = [name_of(path) for path in sizes if path.suffix.lower() in (".wav", ".flac", ".mp3", ".ogg")]
     assert not audio, f"recordings do not belong in the project: {audio}"
