@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -33,9 +35,8 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc]
         super().__init__(**{**kwargs, "dtype": "float32", "trainable": False})
         self.spec = spec if isinstance(spec, FrontendSpec) else FrontendSpec.from_dict(spec)
         self._tables = analysis_tables(self.spec)
-        signature = [tf.TensorSpec([None, None], tf.float32, name="waveform")]
-        self._graph = tf.function(self._features, input_signature=signature)
-        self._stages_graph = tf.function(lambda waveform: dict(self._walk(waveform)), input_signature=signature)
+        # A concrete function cannot retrace, and does not count towards TensorFlow's retracing warning.
+        self._graph = self._compiled(self._features)
         self.built = True
 
     def call(self, waveform: Any) -> Any:
@@ -49,18 +50,27 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc]
             ClipLengthError: shorter than ``spec.min_samples``.
         """
         self._check(waveform.shape)
-        return self._graph(waveform)
+        return self._graph(tf.convert_to_tensor(waveform, tf.float32))
 
     def features(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the same features as NumPy, without Keras in the way: the path of a prediction."""
         self._check(waveform.shape)
-        return self._graph(waveform).numpy()  # type: ignore[no-any-return]
+        return self._graph(tf.constant(waveform, tf.float32)).numpy()  # type: ignore[no-any-return]
 
     def stages(self, waveform: Any) -> dict[str, Any]:
         """Return every intermediate by name, in order; see ``models_zoo.specs.STAGES`` for shapes."""
         self._check(waveform.shape)
-        intermediates = self._stages_graph(waveform)
+        intermediates = self._stages_graph(tf.constant(waveform, tf.float32))
         return {name: intermediates[name] for name in STAGES}
+
+    @functools.cached_property
+    def _stages_graph(self) -> Any:
+        return self._compiled(lambda waveform: dict(self._walk(waveform)))
+
+    @staticmethod
+    def _compiled(function: Any) -> Any:
+        signature = [tf.TensorSpec([None, None], tf.float32, name="waveform")]
+        return tf.function(function, input_signature=signature).get_concrete_function()
 
     def save(self, folder: str | Path) -> None:
         """Write a SavedModel whose ``serving_default`` maps ``waveform`` to ``features``.
@@ -108,10 +118,7 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc]
             self.spec.num_frames(int(shape[1]))
 
     def _features(self, waveform: Any) -> Any:
-        value: Any = None
-        for _, value in self._walk(waveform):
-            pass
-        return value
+        return deque(self._walk(waveform), maxlen=1).pop()[1]
 
     def _walk(self, waveform: Any) -> Iterator[tuple[str, Any]]:
         spec, framing, tables = self.spec, self.spec.framing, self._tables

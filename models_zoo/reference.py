@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -48,10 +49,7 @@ class ReferenceFrontend:
             WaveformError: not two-dimensional.
             ClipLengthError: shorter than ``spec.min_samples``.
         """
-        value: Any = None
-        for _, value in self._walk(waveform):
-            pass
-        return value  # type: ignore[no-any-return]
+        return deque(self._walk(waveform), maxlen=1).pop()[1]  # type: ignore[no-any-return]
 
     def stages(self, waveform: _Array) -> dict[str, Any]:
         """Return every intermediate by name, in order; see ``models_zoo.specs.STAGES`` for shapes."""

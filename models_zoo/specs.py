@@ -169,9 +169,7 @@ class Clamp(Declaration):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.low is None and self.high is None and self.below_max is None:
-            raise SpecError(
-                "low: a clamp needs at least one of low, high, below_max; leave it out instead", field="low"
-            )
+            raise SpecError("low: a clamp needs low, high or below_max; for none leave it out", field="low")
         if self.low is not None and self.high is not None and self.high <= self.low:
             raise SpecError(f"high: got {self.high}; expected more than low, {self.low}", field="high")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -118,11 +119,8 @@ class TorchFrontend(nn.Module):
             WaveformError: not two-dimensional.
             ClipLengthError: shorter than ``spec.min_samples``.
         """
-        value: Any = None
         with torch.autocast(device_type=waveform.device.type, enabled=False):
-            for _, value in self._walk(waveform, mixing):
-                pass
-        return value
+            return deque(self._walk(waveform, mixing), maxlen=1).pop()[1]
 
     def stages(self, waveform: Tensor) -> dict[str, Any]:
         """Return every intermediate by name, in order; see ``models_zoo.specs.STAGES`` for shapes."""
