@@ -24,7 +24,8 @@ class Model(Protocol):
     Attributes:
         inputs, outputs: of the graph, in order; ``forward`` takes the inputs by name and returns a dict of the outputs.
         options: JSON-ready dict with which :func:`create_model` builds the same network.
-        class_keys: state_dict entries that belong to one class count.
+        head_prefix: of the state_dict entries behind the embedding.
+        class_keys: those of them that belong to one class count, i.e. that fine-tuning to others replaces.
         layout: of the features it takes, in :class:`FrontendSpec` terms.
         exporter, exporter_reason: which of torch's ONNX exporters serves the family, and why.
     """
@@ -32,6 +33,7 @@ class Model(Protocol):
     inputs: tuple[ModelInput, ...]
     outputs: tuple[ModelOutput, ...]
     options: dict[str, Any]
+    head_prefix: str
     class_keys: tuple[str, ...]
     layout: str
     exporter: Literal["torchscript", "dynamo"]

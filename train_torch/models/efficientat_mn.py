@@ -252,6 +252,7 @@ class MN(nn.Module):
     """
 
     layout: ClassVar[str] = "b m t"
+    head_prefix: ClassVar[str] = "classifier."
     exporter: ClassVar[Literal["torchscript", "dynamo"]] = "torchscript"
     exporter_reason: ClassVar[str] = ""
 
