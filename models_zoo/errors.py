@@ -15,6 +15,7 @@
     ├── OutputExistsError (ValueError)      refusing to overwrite without ``force``
     ├── OutputWriteError (RuntimeError)     a result could not be written (disk full, no permission)
     ├── DeviceError (RuntimeError)          the device asked for is not there
+    ├── ClosedError (RuntimeError)          a classifier or session was used after it was closed
     ├── MissingDependencyError (RuntimeError)  an optional package is needed
     └── ExportError (RuntimeError)          a model could not be exported
         └── VerificationError               the exported graph departs from the model
@@ -33,6 +34,7 @@ __all__ = [
     "CardError",
     "CheckpointError",
     "ClipLengthError",
+    "ClosedError",
     "DataError",
     "DeviceError",
     "ExportError",
@@ -98,7 +100,7 @@ class _CodedError(AudioClassifierError, ValueError):
 class AudioDecodeError(_CodedError):
     """A recording could not be turned into a waveform.
 
-    ``code`` is one of ``not_found``, ``not_readable``, ``empty``, ``no_samples``, ``not_audio``,
+    ``code`` is one of ``type``, ``not_found``, ``not_readable``, ``empty``, ``no_samples``, ``not_audio``,
     ``corrupt``, ``truncated``, ``sample_rate``, ``channels``, ``too_long``, ``non_finite``.
     """
 
@@ -106,7 +108,7 @@ class AudioDecodeError(_CodedError):
 class WaveformError(_CodedError):
     """An array is not a waveform.
 
-    ``code`` is one of ``dtype``, ``rank``, ``empty``, ``non_finite``, ``sample_rate``, ``range``,
+    ``code`` is one of ``dtype``, ``rank``, ``empty``, ``non_finite``, ``sample_rate``, ``channels``, ``range``,
     ``type``, ``too_short``, ``too_long``, ``multiple``.
     """
 
@@ -137,6 +139,10 @@ class OutputWriteError(AudioClassifierError, RuntimeError):
 
 class DeviceError(AudioClassifierError, RuntimeError):
     """The device asked for is not available in this environment."""
+
+
+class ClosedError(AudioClassifierError, RuntimeError):
+    """A classifier or session was used after it was closed."""
 
 
 class MissingDependencyError(AudioClassifierError, RuntimeError):

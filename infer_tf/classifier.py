@@ -1,0 +1,374 @@
+"""``TFAudioClassifier``: recordings in, predictions out."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, BinaryIO, Self, TypeAlias, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infer_tf.backend import claim_tensorflow
+from infer_tf.session import OnnxSession
+from models_zoo.audio import as_waveform, load_audio, stream_audio
+from models_zoo.cards import ModelCard
+from models_zoo.decoding import check_window, class_names, decode, legal_segments
+from models_zoo.errors import ModelFileError, WaveformError
+from models_zoo.prediction import Prediction
+from models_zoo.registry import get_card, list_models, list_shipped, shipped_model
+
+__all__ = ["Recording", "Source", "TFAudioClassifier", "find_model"]
+
+Recording: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO
+"""A path, a file's contents, or an open file."""
+
+Source: TypeAlias = Recording | NDArray[Any]
+"""One clip: a recording or an array."""
+
+_T = TypeVar("_T")
+_Outputs: TypeAlias = dict[str, NDArray[np.float32]]
+
+_BATCH_SECONDS = 80.0  # what is scored at once, and, four times over, what may wait for clips of equal length
+
+
+class TFAudioClassifier:
+    """An exported model with its front end, for recordings and arrays; safe to share between threads.
+
+    The way of one clip: ``load_audio`` (or ``as_waveform``), the card's length policy, the TensorFlow front end,
+    onnxruntime, the card's activation. Pickles as its arguments and is built anew where it is unpickled.
+
+    Args:
+        model: path of an ``.onnx`` file, or the name of a shipped model.
+        device: where the network runs, ``cpu`` or ``cuda``; the front end always runs on the CPU.
+        threads: onnxruntime's threads for one clip, or None for one per core. TensorFlow's threads come from the
+            environment (``TF_NUM_INTRAOP_THREADS``, ``TF_NUM_INTEROP_THREADS``).
+        max_seconds: longest recording ``predict`` and ``embed`` read; ``predict_windows`` has no limit.
+
+    Attributes:
+        card: the model's card.
+        labels: class names in order.
+        sample_rate: Hz of arrays given without a rate.
+
+    Raises:
+        ModelFileError: see :class:`infer_tf.OnnxSession`; or the model takes inputs other than audio.
+        UnknownNameError: neither a path nor a shipped model, or an unknown device.
+        DeviceError: the device is not there, or this process was forked after TensorFlow had started.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        max_seconds: float = 600.0,
+    ) -> None:
+        if not isinstance(model, (str, os.PathLike)):
+            raise ModelFileError(f"got {type(model).__name__}; expected the path of an .onnx file or a model's name")
+        if isinstance(max_seconds, bool) or not isinstance(max_seconds, (int, float)) or not max_seconds > 0:
+            raise WaveformError(f"max_seconds: got {max_seconds!r}; expected seconds, more than 0", code="range")
+        self.path = find_model(model)
+        shipped = self.path != Path(model)
+        self._arguments = (str(model if shipped else self.path.resolve()), device, threads)
+        self.max_seconds = float(max_seconds)
+        self._session = OnnxSession(self.path, device, threads)
+        self.card: ModelCard = self._session.card
+        foreign = [part.name for part in self.card.inputs if part.source not in ("frontend", "waveform")]
+        if self.card.frontend is None or foreign:
+            raise ModelFileError(
+                f"model {self.card.name!r} cannot be fed from audio alone "
+                f"({f'inputs {foreign} come from elsewhere' if foreign else 'its card has no front end'}); "
+                "use OnnxSession and feed it yourself"
+            )
+        self._spec = self.card.frontend
+        self.sample_rate: int = self.card.sample_rate
+        self._clip = self.card.clip_output()
+        self._embedding = self.card.embedding_output()
+        size = self._session.outputs[self._clip.name][1][-1] if self._clip else 0
+        self.labels: tuple[str, ...] = self.card.labels or class_names(self.card, size if isinstance(size, int) else 0)
+        tensorflow = claim_tensorflow()
+        self._on_cpu: Callable[[], AbstractContextManager[Any]] = lambda: tensorflow.device("/CPU:0")
+        from infer_tf.frontend import TFFrontend
+
+        self.frontend = TFFrontend(self.card.frontend)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._arguments, self.max_seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the model; a later prediction raises ClosedError. Closing twice is fine."""
+        self._session.close()
+
+    def warmup(self, seconds: float | None = None) -> None:
+        """Score silence once, so that the first real clip does not pay for the building of graphs.
+
+        Args:
+            seconds: length of the silence, or None for the shortest legal clip.
+        """
+        num_samples = self.card.min_samples if seconds is None else round(seconds * self.sample_rate)
+        policy = self.card.length_policy
+        num_samples = -(-max(num_samples, self.card.min_samples) // policy.multiple_of) * policy.multiple_of
+        self._run(np.zeros((1, num_samples), np.float32))
+
+    @overload
+    def predict(
+        self, source: Recording, sample_rate: int | None = None, channels_first: bool = False
+    ) -> Prediction: ...
+    @overload
+    def predict(
+        self, source: list[Any] | tuple[Any, ...], sample_rate: int | None = None, channels_first: bool = False
+    ) -> list[Prediction]: ...
+    @overload
+    def predict(self, source: NDArray[Any], sample_rate: int | None = None, channels_first: bool = False) -> Any: ...
+    def predict(self, source: Any, sample_rate: int | None = None, channels_first: bool = False) -> Any:
+        """Return a Prediction, or a list of them for a list or a 2-D array.
+
+        A batch never changes an answer: clips of equal length are scored together, others apart.
+
+        Args:
+            source: a path, a file's bytes, an open file, a ``(num_samples,)`` array, a ``(batch, num_samples)``
+                array, or a list or tuple of any of the first four. Integer arrays are scaled by their type
+                (see ``models_zoo.audio.as_waveform``); floats are taken to be in [-1, 1].
+            sample_rate: rate of arrays, Hz, if it is not the model's; recordings state their own.
+            channels_first: a 2-D array is ``(channels, num_samples)`` of one clip, not a batch.
+
+        Raises:
+            AudioDecodeError: a recording cannot be read; ``code`` says why.
+            WaveformError: an array is no waveform; ``code`` says why.
+            ClipLengthError: shorter or longer than the card allows, and it declares no rule for it.
+            ModelFileError: the model has no clip scores, or returned NaN.
+            ClosedError: after :meth:`close`.
+        """
+        if self._clip is None:
+            raise ModelFileError(f"model {self.card.name!r} has no clip scores to predict from; use embed")
+
+        def answer(outputs: _Outputs, num_samples: int) -> Prediction:
+            return decode(self.card, outputs, end=num_samples / self.sample_rate)
+
+        return self._answer(source, sample_rate, channels_first, answer)
+
+    @overload
+    def embed(
+        self, source: Recording, sample_rate: int | None = None, channels_first: bool = False
+    ) -> NDArray[np.float32]: ...
+    @overload
+    def embed(
+        self, source: list[Any] | tuple[Any, ...], sample_rate: int | None = None, channels_first: bool = False
+    ) -> list[NDArray[np.float32]]: ...
+    @overload
+    def embed(self, source: NDArray[Any], sample_rate: int | None = None, channels_first: bool = False) -> Any: ...
+    def embed(self, source: Any, sample_rate: int | None = None, channels_first: bool = False) -> Any:
+        """Return an embedding, ``(size,)`` float32, or a list of them for a list or a 2-D array.
+
+        The mean over the windows where the card cuts long clips into windows.
+
+        Args and Raises: as :meth:`predict`; ModelFileError where the model has no embedding.
+        """
+        if self._embedding is None:
+            raise ModelFileError(
+                f"model {self.card.name!r} has no embedding output; its outputs: "
+                f"{', '.join(output.name for output in self.card.outputs)}"
+            )
+        name = self._embedding.name
+        return self._answer(source, sample_rate, channels_first, lambda outputs, _: outputs[name].mean(axis=0))
+
+    def predict_windows(
+        self,
+        source: Source,
+        window: float = 10.0,
+        hop: float = 5.0,
+        *,
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+    ) -> Iterator[Prediction]:
+        """Yield a Prediction for each window of a recording of any length, in constant memory.
+
+        Windows begin every ``hop`` seconds from the start; the last one ends exactly with the recording and so may
+        overlap its neighbour by more than the others do (``Prediction.start`` and ``end`` say where each lies). A
+        recording no longer than one window is scored whole, by the card's length policy.
+
+        Args:
+            source: a path, a file's bytes, an open file, or a ``(num_samples,)`` array.
+            window: seconds.
+            hop: seconds between the beginnings of windows.
+            sample_rate, channels_first: of an array, as in :meth:`predict`.
+
+        Raises:
+            WaveformError: ``window`` or ``hop`` is no sensible number; or as :meth:`predict`.
+            ClipLengthError: ``window`` is not a legal clip length for this model.
+            AudioDecodeError, ModelFileError, ClosedError: as :meth:`predict`.
+        """
+        if self._clip is None:
+            raise ModelFileError(f"model {self.card.name!r} has no clip scores to predict from; use embed")
+        self._session.check_usable()
+        size, step = self._samples("window", window), self._samples("hop", hop)
+        check_window(size, self.card)
+        if _is_array(source):
+            blocks: Iterable[NDArray[np.float32]] = [self._waveform(source, sample_rate, channels_first)]
+        else:
+            _refuse_rate(sample_rate)
+            blocks = stream_audio(_recording(source), self._spec)
+        return self._windows(blocks, size, step)
+
+    def _windows(self, blocks: Iterable[NDArray[np.float32]], size: int, step: int) -> Iterator[Prediction]:
+        kept = np.zeros(0, np.float32)  # samples from `offset` on: the next window and the last `size` received
+        offset = following = 0
+        scored = -1  # beginning of the last window yielded
+        for block in blocks:
+            kept = np.concatenate([kept, block])
+            received = offset + len(kept)
+            while following + size <= received:
+                yield self._window(kept[following - offset : following - offset + size], following)
+                scored, following = following, following + step
+            keep_from = max(offset, min(following, received - size))
+            kept, offset = kept[keep_from - offset :], keep_from
+        received = offset + len(kept)
+        last = max(0, received - size)
+        if scored != last:
+            yield self._window(kept[last - offset :], last)
+
+    def _window(self, waveform: NDArray[np.float32], start: int) -> Prediction:
+        outputs = self._run(legal_segments(waveform, self.card))
+        rate = self.sample_rate
+        return decode(self.card, outputs, start=start / rate, end=(start + len(waveform)) / rate)
+
+    def _samples(self, name: str, seconds: float) -> int:
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+            raise WaveformError(f"{name}: got {seconds!r}; expected seconds", code="range")
+        samples = round(seconds * self.sample_rate)
+        if samples < 1:
+            raise WaveformError(f"{name}: got {seconds!r} s; expected more than 0", code="range")
+        return samples
+
+    def _answer(
+        self, source: Any, sample_rate: int | None, channels_first: bool, answer: Callable[[_Outputs, int], _T]
+    ) -> _T | list[_T]:
+        """Return ``answer(outputs, num_samples)`` of one source, or the list of them for several."""
+        if isinstance(source, (list, tuple)):
+            several: Iterable[NDArray[np.float32]] = (
+                self._waveform(item, sample_rate, channels_first) for item in source
+            )
+        elif _is_array(source) and np.ndim(source) == 2 and not channels_first:
+            several = as_waveform(np.asarray(source), self._spec, sample_rate=sample_rate)
+        else:
+            waveform = self._waveform(source, sample_rate, channels_first)
+            return answer(self._run(legal_segments(waveform, self.card)), len(waveform))
+        return self._answer_in_groups(several, answer)
+
+    def _answer_in_groups(
+        self, waveforms: Iterable[NDArray[np.float32]], answer: Callable[[_Outputs, int], _T]
+    ) -> list[_T]:
+        """Score clips of equal length together, holding a bounded amount of audio at any time."""
+        answers: dict[int, _T] = {}
+        waiting: dict[int, list[tuple[int, int, NDArray[np.float32]]]] = {}
+        limit = int(_BATCH_SECONDS * self.sample_rate)
+        held = 0
+
+        def score(group: list[tuple[int, int, NDArray[np.float32]]]) -> int:
+            outputs = self._run(np.concatenate([segments for _, _, segments in group]))
+            first = 0
+            for position, num_samples, segments in group:
+                part = slice(first, first + len(segments))
+                answers[position] = answer({name: value[part] for name, value in outputs.items()}, num_samples)
+                first += len(segments)
+            return sum(segments.size for _, _, segments in group)
+
+        for position, waveform in enumerate(waveforms):
+            segments = legal_segments(waveform, self.card)
+            length = segments.shape[1]
+            waiting.setdefault(length, []).append((position, len(waveform), segments))
+            held += segments.size
+            if sum(len(segments) for _, _, segments in waiting[length]) * length >= limit:
+                held -= score(waiting.pop(length))
+            if held > 4 * limit:
+                held -= sum(score(waiting.pop(length)) for length in list(waiting))
+        for group in waiting.values():
+            score(group)
+        return [answers[position] for position in range(len(answers))]
+
+    def _waveform(self, source: Any, sample_rate: int | None, channels_first: bool) -> NDArray[np.float32]:
+        if not _is_array(source):
+            _refuse_rate(sample_rate)
+            return load_audio(_recording(source), self._spec, max_seconds=self.max_seconds)
+        array = np.asarray(source)
+        if array.ndim != 1 and not (channels_first and array.ndim == 2):
+            raise WaveformError(
+                f"got an array of shape {array.shape} for one clip; expected (num_samples,), or, with "
+                "channels_first=True, (channels, num_samples)",
+                code="rank",
+            )
+        return as_waveform(array, self._spec, sample_rate=sample_rate, channels_first=channels_first)
+
+    def _run(self, segments: NDArray[np.float32]) -> _Outputs:
+        """Return the outputs of ``(segments, num_samples)`` waveforms of a legal length, a bounded part at a time."""
+        rows = max(1, int(_BATCH_SECONDS * self.sample_rate) // segments.shape[1])
+        if len(segments) > rows:
+            parts = [self._run(segments[first : first + rows]) for first in range(0, len(segments), rows)]
+            return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        self._session.check_usable()
+        fed: dict[str, NDArray[Any]] = {}
+        for part in self.card.inputs:
+            if part.source == "waveform":
+                fed[part.name] = segments
+            else:
+                with self._on_cpu():
+                    fed[part.name] = self.frontend.features(segments)
+        return self._session.run(fed)
+
+
+def _rebuild(arguments: tuple[str, str, int | None], max_seconds: float) -> TFAudioClassifier:
+    return TFAudioClassifier(*arguments, max_seconds=max_seconds)
+
+
+def find_model(model: str | os.PathLike[str]) -> Path:
+    """Return the file of a model given by path or by the name of a shipped model.
+
+    Raises:
+        UnknownNameError: no such file, and no shipped model of that name; near names are suggested.
+        ModelFileError: the name of a published model whose weights do not ship.
+    """
+    name = os.fspath(model)
+    if not isinstance(model, str) or os.path.isfile(name):
+        return Path(model)
+    if name in list_shipped():
+        return shipped_model(name)
+    if os.path.exists(name) or Path(name).name != name or Path(name).suffix:
+        return Path(name)
+    if name in list_models():
+        checkpoint = get_card(name).checkpoint
+        raise ModelFileError(
+            f"the weights of {name!r} do not ship with crossfade; get {checkpoint.file if checkpoint else 'them'} and "
+            f"run python export/pt2onnx.py FILE --model {name} -o {name}.onnx"
+        )
+    return shipped_model(name)
+
+
+def _is_array(source: object) -> bool:
+    return isinstance(source, np.ndarray) or hasattr(source, "__array__")
+
+
+def _recording(source: object) -> Any:
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(source, "read"):
+        return bytes(source) if isinstance(source, (bytearray, memoryview)) else source
+    raise WaveformError(
+        f"got {type(source).__name__}; expected a path, bytes, an open binary file, an array, or a list of those",
+        code="type",
+    )
+
+
+def _refuse_rate(sample_rate: int | None) -> None:
+    if sample_rate is not None:
+        raise WaveformError(
+            f"sample_rate: got {sample_rate!r} with a recording, which states its own rate; leave it out",
+            code="sample_rate",
+        )
