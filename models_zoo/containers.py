@@ -1,0 +1,417 @@
+"""Is an audio file whole? Containers are read here, because decoders do not tell.
+
+libsndfile opens WAV, MP3 and Ogg files that were cut short without complaint and reports the shortened length as the
+declared one. So the sizes a container states are compared with the bytes that are there, before anything is decoded:
+
+==========  ========================================================================================================
+WAV, W64    chunk sizes of RIFF, RIFX, RF64, BW64 and Wave64. A ``data`` size of 0 or 0xFFFFFFFF (or SoX's 0x7FFFF000)
+            is what a program writing into a pipe leaves behind; such a file is read to its end and a cut in it
+            cannot be told. Only the ``data`` chunk must be whole; sizes of RIFF itself and of chunks after it may lie.
+AIFF, CAF   chunk sizes; CAF's -1 means "to the end of the file".
+AU          its data size; 0xFFFFFFFF means "to the end of the file".
+FLAC        the number of samples in STREAMINFO, compared with what is decoded (0 there: unknown).
+Ogg         every page's checksum and number; the last page of each stream must be flagged as its end.
+MP3         frames are followed to the end of the file: the last must be whole, and there must be as many frames and
+            bytes as the Xing, Info or VBRI header states. *Limit:* an MP3 without such a header that was cut exactly
+            between two frames is, by itself, a valid shorter MP3; nothing can tell.
+==========  ========================================================================================================
+
+Source: Microsoft RIFF and EBU Tech 3306 (RF64), Apple AIFF-C and CAF 1.0, RFC 3533 (Ogg), RFC 7845 (Opus), RFC 9639
+(FLAC), ISO 11172-3 with the Xing/LAME and Fraunhofer VBRI headers as encoders write them.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from models_zoo.errors import AudioDecodeError
+
+__all__ = ["FORMATS", "Container", "inspect_container"]
+
+FORMATS = ("WAV", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "Ogg", "MP3")
+"""What can be read: names of the containers."""
+
+_MAX_CHUNKS = 10_000
+_W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
+_MAGICS = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"fLaC", b"OggS", b"ID3", b"caff", b".snd", _W64_RIFF)
+_W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")
+_PIPED_SIZES = frozenset({0, 0xFFFFFFFF, *range(0x7FFFEFC0, 0x7FFFF001)})
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a file states about itself.
+
+    Attributes:
+        format: one of :data:`FORMATS`.
+        sample_rate: Hz, or None where only the decoder knows.
+        channels: their number, or None where only the decoder knows.
+        num_samples: samples per channel the file must hold at least, or None where it does not say.
+    """
+
+    format: str
+    sample_rate: int | None = None
+    channels: int | None = None
+    num_samples: int | None = None
+
+
+def inspect_container(stream: BinaryIO) -> Container:
+    """Return what the recording in ``stream`` (seekable, read from its beginning) states, once it is known to be whole.
+
+    Raises:
+        AudioDecodeError: ``empty``, ``not_audio``, ``truncated``, ``corrupt``; the message has no file name.
+    """
+    size = stream.seek(0, 2)
+    if size == 0:
+        raise AudioDecodeError("the file is empty (0 bytes)", code="empty")
+    start = _after_id3(stream, 0)
+    magic = _read_at(stream, start, 16)
+    if magic[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and (magic[8:12] == b"WAVE" or len(magic) < 12):
+        return _inspect_wav(stream, start, size)
+    if magic == _W64_RIFF:
+        return _inspect_w64(stream, start, size)
+    if magic[:4] == b"FORM" and (magic[8:12] in (b"AIFF", b"AIFC") or len(magic) < 12):
+        return _inspect_aiff(stream, start, size)
+    if magic[:4] in (b".snd", b"dns."):
+        return _inspect_au(stream, start, size)
+    if magic[:4] == b"caff":
+        return _inspect_caf(stream, start, size)
+    if magic[:4] == b"fLaC":
+        return _inspect_flac(stream, start)
+    if magic[:4] == b"OggS":
+        return _inspect_ogg(stream, start, size)
+    if start > 0 or _Mp3Header.parse(magic[:4]) is not None:
+        return _inspect_mp3(stream, start, size)
+    if any(known.startswith(magic) for known in _MAGICS):
+        raise _truncated(f"the file ends after {size} bytes, inside its header")
+    raise AudioDecodeError(
+        f"not an audio file: it begins with {magic!r}; expected one of {', '.join(FORMATS)}", code="not_audio"
+    )
+
+
+def _truncated(what: str) -> AudioDecodeError:
+    return AudioDecodeError(f"the recording is cut short: {what}; get the whole file again", code="truncated")
+
+
+def _corrupt(what: str) -> AudioDecodeError:
+    return AudioDecodeError(f"the recording is damaged: {what}; get an undamaged copy", code="corrupt")
+
+
+def _read_at(stream: BinaryIO, offset: int, count: int) -> bytes:
+    """Return up to ``count`` bytes at ``offset``; fewer at the end of the file."""
+    stream.seek(offset)
+    return stream.read(count)
+
+
+def _fields(layout: str, stream: BinaryIO, offset: int, what: str) -> tuple[int, ...]:
+    """Return the integers laid out at ``offset`` as :mod:`struct` names them."""
+    data = _read_at(stream, offset, struct.calcsize(layout))
+    if len(data) < struct.calcsize(layout):
+        raise _truncated(f"it ends inside {what}")
+    return struct.unpack(layout, data)
+
+
+def _after_id3(stream: BinaryIO, start: int) -> int:
+    """Return the offset behind any ID3v2 tags at ``start``."""
+    while True:
+        tag = _read_at(stream, start, 10)
+        if len(tag) < 10 or tag[:3] != b"ID3" or max(tag[6:10]) > 127:
+            return start
+        length = tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9]
+        start += 10 + length + (10 if tag[5] & 0x10 else 0)
+
+
+def _chunks(stream: BinaryIO, offset: int, size: int, order: str) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (name, offset of the content, stated size) of IFF chunks: 4-byte name, 4-byte size, padded to even."""
+    for _ in range(_MAX_CHUNKS):
+        header = _read_at(stream, offset, 8)
+        if len(header) < 8:
+            return
+        name, (length,) = header[:4], struct.unpack(order + "I", header[4:])
+        yield name, offset + 8, length
+        offset += 8 + length
+        if length % 2 and _read_at(stream, offset, 1) == b"\0":
+            offset += 1  # Some writers forget the padding byte; chunk names never begin with 0.
+    raise _corrupt(f"more than {_MAX_CHUNKS} chunks")
+
+
+def _check_data(held: int, stated: int, unit: str = "bytes of samples") -> None:
+    if held < stated:
+        raise _truncated(f"its header states {stated} {unit}, {max(held, 0)} are there")
+
+
+def _wave_format(stream: BinaryIO, offset: int, length: int, order: str) -> tuple[int, int, int | None]:
+    """Return (sample rate, channels, bytes per sample of all channels or None for compressed) of a ``fmt`` chunk."""
+    if length < 14:
+        raise _corrupt(f"its format chunk has {length} bytes instead of at least 14")
+    tag, channels, rate, _, block = _fields(order + "HHIIH", stream, offset, "its format chunk")
+    return rate, channels, block if tag in (1, 3, 6, 7, 0xFFFE) and block else None
+
+
+def _inspect_wav(stream: BinaryIO, start: int, size: int) -> Container:
+    magic = _read_at(stream, start, 4)
+    order = ">" if magic == b"RIFX" else "<"
+    wide = magic in (b"RF64", b"BW64")
+    stated_wide: int | None = None
+    layout: tuple[int, int, int | None] | None = None
+    for name, offset, length in _chunks(stream, start + 12, size, order):
+        if name == b"ds64" and wide:
+            _, stated_wide = _fields("<QQ", stream, offset, "its 64-bit sizes")
+        elif name == b"fmt ":
+            layout = _wave_format(stream, offset, length, order)
+        elif name == b"data":
+            if layout is None:
+                raise _corrupt("its samples come before their format")
+            rate, channels, block = layout
+            stated = stated_wide if wide and length == 0xFFFFFFFF and stated_wide is not None else length
+            held = size - offset
+            if stated in _PIPED_SIZES:
+                if stated == 0 and _is_chunk_list(stream, offset, size, order):
+                    held = 0
+                stated = held
+            _check_data(held, stated)
+            return Container("RF64" if wide else "WAV", rate, channels, stated // block if block else None)
+    raise _truncated("it ends before its samples")
+
+
+def _is_chunk_list(stream: BinaryIO, offset: int, size: int, order: str) -> bool:
+    """Whether chunks fill the file from ``offset`` exactly, so that an empty ``data`` chunk before them is empty."""
+    ends = [start + length for _, start, length in _chunks(stream, offset, size, order)]
+    return 0 <= size - (ends[-1] if ends else offset) <= 1
+
+
+def _inspect_w64(stream: BinaryIO, start: int, size: int) -> Container:
+    offset = start + 40
+    layout: tuple[int, int, int | None] | None = None
+    for _ in range(_MAX_CHUNKS):
+        guid = _read_at(stream, offset, 16)
+        (length,) = _fields("<Q", stream, offset + 16, "its chunks, before its samples")
+        if length < 24:
+            raise _corrupt(f"a chunk of {length} bytes, less than its own header")
+        if guid == b"fmt " + _W64_TAIL:
+            layout = _wave_format(stream, offset + 24, length - 24, "<")
+        elif guid == b"data" + _W64_TAIL:
+            if layout is None:
+                raise _corrupt("its samples come before their format")
+            rate, channels, block = layout
+            _check_data(size - offset - 24, length - 24)
+            return Container("W64", rate, channels, (length - 24) // block if block else None)
+        offset += (length + 7) // 8 * 8
+    raise _corrupt(f"more than {_MAX_CHUNKS} chunks")
+
+
+def _inspect_aiff(stream: BinaryIO, start: int, size: int) -> Container:
+    declared: tuple[int, int, int] | None = None
+    whole = False
+    for name, offset, length in _chunks(stream, start + 12, size, ">"):
+        if name == b"COMM":
+            channels, frames, _, exponent, mantissa = _fields(">HIHHQ", stream, offset, "its format chunk")
+            power = (exponent & 0x7FFF) - 16383 - 63
+            rate = 0 if exponent & 0x8000 or power > 0 else int(math.ldexp(mantissa, power))
+            declared = rate, channels, frames
+        elif name == b"SSND":
+            _check_data(size - offset, length)
+            whole = True
+    if declared is None:
+        raise _truncated("it ends before its format chunk")
+    rate, channels, frames = declared
+    if frames and not whole:
+        raise _truncated("it ends before its samples")
+    return Container("AIFF", rate, channels, frames)
+
+
+def _inspect_au(stream: BinaryIO, start: int, size: int) -> Container:
+    order = ">" if _read_at(stream, start, 4) == b".snd" else "<"
+    offset, stated, _, rate, channels = _fields(order + "5I", stream, start + 4, "its header")
+    if stated != 0xFFFFFFFF:
+        _check_data(size - start - offset, stated)
+    return Container("AU", rate, channels)
+
+
+def _inspect_caf(stream: BinaryIO, start: int, size: int) -> Container:
+    offset = start + 8
+    rate = channels = None
+    for _ in range(_MAX_CHUNKS):
+        name = _read_at(stream, offset, 4)
+        (length,) = _fields(">q", stream, offset + 4, "its chunks, before its samples")
+        if name == b"desc":
+            bits, _, _, _, _, channels = _fields(">Q5I", stream, offset + 12, "its format chunk")
+            (exact,) = struct.unpack(">d", struct.pack(">Q", bits))
+            rate = int(exact) if 0 <= exact < 2**63 else 0
+        elif name == b"data":
+            if length != -1:
+                _check_data(size - offset - 12, length)
+            return Container("CAF", rate, channels)
+        if length < 0:
+            raise _corrupt(f"a chunk of {length} bytes")
+        offset += 12 + length
+    raise _corrupt(f"more than {_MAX_CHUNKS} chunks")
+
+
+def _inspect_flac(stream: BinaryIO, start: int) -> Container:
+    kind, *_ = _fields(">B3x", stream, start + 4, "its header")
+    if kind & 0x7F != 0:
+        raise _corrupt("its first block is not STREAMINFO")
+    packed, _ = _fields(">10xQQ", stream, start + 8, "its STREAMINFO")
+    total = packed & (1 << 36) - 1
+    return Container("FLAC", packed >> 44, (packed >> 41 & 7) + 1, total or None)
+
+
+_REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_checksum(page: bytes) -> int:
+    """Return Ogg's CRC-32 (not reflected, from 0) by way of zlib's (reflected, from -1)."""
+    reflected = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{reflected:032b}"[::-1], 2)
+
+
+def _inspect_ogg(stream: BinaryIO, start: int, size: int) -> Container:
+    offset = start
+    pages: dict[int, int] = {}
+    open_streams: set[int] = set()
+    found = Container("Ogg")
+    while offset < size:
+        header = _read_at(stream, offset, 27)
+        if not header.startswith(b"OggS"):
+            if b"OggS".startswith(header) or open_streams:
+                break
+            return found  # Something appended behind the last stream, such as a tag.
+        lacing = stream.read(header[26]) if len(header) == 27 else b""
+        length = 27 + (header[26] if len(header) == 27 else 0) + sum(lacing)
+        page = _read_at(stream, offset, length)
+        if len(header) < 27 or len(page) < length:
+            raise _truncated(f"its page at byte {offset} is incomplete")
+        flags, serial, number, checksum = struct.unpack("<5xB8xIII", page[:26])
+        if _ogg_checksum(page[:22] + b"\0\0\0\0" + page[26:]) != checksum:
+            raise _corrupt(f"the checksum of its page at byte {offset} is wrong")
+        if number != pages.get(serial, number - 1) + 1 and not flags & 2:
+            raise _corrupt(f"pages are missing before byte {offset}")
+        if not pages and page[27 + len(lacing) :][:7] == b"\x01vorbis":
+            channels, rate = _fields("<BI", stream, offset + 27 + len(lacing) + 11, "its header")
+            found = Container("Ogg", rate, channels)
+        pages[serial] = number
+        (open_streams.discard if flags & 4 else open_streams.add)(serial)
+        offset += length
+    if open_streams or offset < size:
+        raise _truncated("its last page is not flagged as the end of the stream")
+    return found
+
+
+@dataclass(frozen=True)
+class _Mp3Header:
+    """A frame header of MPEG 1, 2 or 2.5, layer I, II or III."""
+
+    version: int
+    layer: int
+    sample_rate: int
+    channels: int
+    length: int
+
+    @classmethod
+    def parse(cls, data: bytes) -> _Mp3Header | None:
+        """Return the header in the first four bytes; None where there is none or the bitrate is free."""
+        if len(data) < 4 or data[0] != 0xFF or data[1] & 0xE0 != 0xE0:
+            return None
+        version, layer = data[1] >> 3 & 3, 4 - (data[1] >> 1 & 3)
+        bitrate, rate = data[2] >> 4, data[2] >> 2 & 3
+        if version == 1 or layer == 4 or bitrate in (0, 15) or rate == 3:
+            return None
+        sample_rate = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+        bits = 1000 * _MP3_KBITS[(1 if version == 3 else 2, layer)][bitrate - 1]
+        padding = data[2] >> 1 & 1
+        if layer == 1:
+            length = (12 * bits // sample_rate + padding) * 4
+        else:
+            length = (72 if layer == 3 and version != 3 else 144) * bits // sample_rate + padding
+        return cls(version, layer, sample_rate, 1 if data[3] >> 6 == 3 else 2, length)
+
+    def continues(self, other: _Mp3Header) -> bool:
+        """Whether this frame can belong to the stream of ``other``."""
+        return (self.version, self.layer, self.sample_rate) == (other.version, other.layer, other.sample_rate)
+
+
+_MP3_KBITS = {
+    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+_MP3_TRAILERS = (b"TAG", b"APE", b"LYR", b"ID3", b"3DI")
+
+
+def _inspect_mp3(stream: BinaryIO, start: int, size: int) -> Container:
+    if start >= size:
+        raise _truncated("it ends inside its ID3 tag")
+    if size - start >= 128 and _read_at(stream, size - 128, 3) == b"TAG":
+        size -= 128
+    first_offset = start
+    first = _Mp3Header.parse(_read_at(stream, start, 4))
+    if first is None:
+        resumed = _next_frame(stream, start, size, None)
+        if resumed is None:
+            raise AudioDecodeError("not an audio file: no MPEG frame follows its ID3 tag", code="not_audio")
+        first_offset, first = resumed
+    stated_frames, stated_bytes = _mp3_counts(_read_at(stream, first_offset, 256), first)
+    offset, frames, header = first_offset, 0, first
+    while True:
+        if offset + header.length > size:
+            raise _truncated(f"its last frame needs {header.length} bytes, {size - offset} are there")
+        offset += header.length
+        frames += 1
+        following = _read_at(stream, offset, min(4, size - offset))
+        parsed = _Mp3Header.parse(following)
+        if parsed is not None and parsed.continues(first):
+            header = parsed
+            continue
+        if 0 < len(following) < 4 and following[0] == 0xFF:
+            raise _truncated("it ends inside a frame header")
+        if len(following) < 4 or following.startswith(_MP3_TRAILERS):
+            break
+        resumed = _next_frame(stream, offset, size, first)
+        if resumed is None:
+            break
+        offset, header = resumed
+    if frames == 1 and offset < size and not _read_at(stream, offset, 3).startswith(_MP3_TRAILERS):
+        raise AudioDecodeError("not an audio file: one MPEG frame header and no second one", code="not_audio")
+    if stated_bytes is not None:
+        _check_data(stream.seek(0, 2) - first_offset, stated_bytes, "bytes")
+    if stated_frames is not None:
+        # The header frame itself is counted by some encoders; where bytes are stated they have settled that frame.
+        _check_data(frames - 1, stated_frames - (1 if stated_bytes is not None else 0), "frames")
+    return Container("MP3", first.sample_rate, first.channels)
+
+
+def _next_frame(stream: BinaryIO, offset: int, size: int, like: _Mp3Header | None) -> tuple[int, _Mp3Header] | None:
+    """Return the first frame after ``offset`` that another one follows, within 64 KiB; None if there is none."""
+    window = _read_at(stream, offset, min(65536, size - offset))
+    place = window.find(b"\xff")
+    while place >= 0:
+        header = _Mp3Header.parse(window[place : place + 4])
+        if header is not None and (like is None or header.continues(like)):
+            follower = _Mp3Header.parse(_read_at(stream, offset + place + header.length, 4))
+            if follower is not None and follower.continues(header):
+                return offset + place, header
+        place = window.find(b"\xff", place + 1)
+    return None
+
+
+def _mp3_counts(frame: bytes, header: _Mp3Header) -> tuple[int | None, int | None]:
+    """Return (frames, bytes) that the Xing, Info or VBRI header in the first frame states, None where it does not."""
+    side = {(True, 2): 32, (True, 1): 17, (False, 2): 17, (False, 1): 9}[header.version == 3, header.channels]
+    for place in (4 + side, 6 + side):
+        if frame[place : place + 4] in (b"Xing", b"Info") and len(frame) >= place + 16:
+            flags, *counts = struct.unpack(">3I", frame[place + 4 : place + 16])
+            stated_frames = counts.pop(0) if flags & 1 else None
+            return stated_frames, counts.pop(0) if flags & 2 else None
+    if frame[36:40] == b"VBRI" and len(frame) >= 54:
+        stated_bytes, stated_frames = struct.unpack(">II", frame[46:54])
+        return stated_frames, stated_bytes
+    return None, None
