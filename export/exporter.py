@@ -1,0 +1,169 @@
+"""A trained model becomes one ONNX file: exported, verified, and only then given its name."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from export.verify import Verification, example_inputs, legal_lengths, verify_onnx
+from models_zoo.cards import CARD_KEY, VERIFICATION_KEY, ModelCard, ModelInput, ModelOutput
+from models_zoo.errors import ExportError
+from models_zoo.files import replacing
+from train_torch.models import Model, check_card
+
+__all__ = ["CHECKPOINT_KEY", "EXPORTER_KEY", "OPSETS", "OPSET_KEY", "export_onnx"]
+
+CHECKPOINT_KEY = "crossfade.checkpoint_sha256"
+OPSET_KEY = "crossfade.opset"
+EXPORTER_KEY = "crossfade.exporter"
+
+OPSETS = {"torchscript": 17, "dynamo": 18}
+"""ONNX operator set per exporter: 17 is the oldest that holds our graphs, so the most runtimes read it; 18 is what
+dynamo writes itself (older ones go through a converter)."""
+
+_EXAMPLE_BATCH = 2  # an example batch of 1 becomes a constant in the graph, without an error
+
+
+def export_onnx(
+    model: nn.Module,
+    card: ModelCard,
+    path: str | Path,
+    *,
+    force: bool = False,
+    checkpoint_sha256: str | None = None,
+) -> Verification:
+    """Write ``model`` as one verified ``.onnx`` file with its card inside, or nothing.
+
+    Args:
+        model: the network; exported in evaluation mode from a copy on the CPU.
+        card: of the model; ``card.exporter`` chooses the exporter.
+        path: of the file.
+        force: replace an existing file.
+        checkpoint_sha256: of the checkpoint the weights came from, recorded in the file.
+
+    Returns:
+        The comparison with the model; also in the file, under ``crossfade.verification``.
+
+    Raises:
+        VerificationError: the graph departs from the model; no file is left.
+        ExportError: torch could not export the model.
+        CardError: the card does not describe the model.
+        OutputExistsError: ``path`` exists and ``force`` is false.
+        OutputWriteError: the operating system refused the write.
+    """
+    check_card(model, card)
+    with replacing(path, force=force) as partial:
+        exported = _export(copy.deepcopy(model).cpu().eval(), card)
+        metadata = {
+            CARD_KEY: card.to_json(),
+            OPSET_KEY: str(OPSETS[card.exporter]),
+            EXPORTER_KEY: f"{card.exporter} (torch {torch.__version__})",
+        }
+        if checkpoint_sha256 is not None:
+            metadata[CHECKPOINT_KEY] = checkpoint_sha256
+        onnx.helper.set_model_props(exported, metadata)
+        onnx.save_model(exported, partial)
+        verification = verify_onnx(partial, model, card)
+        onnx.helper.set_model_props(exported, {**metadata, VERIFICATION_KEY: verification.to_json()})
+        onnx.save_model(exported, partial)
+    return verification
+
+
+class _Graph(nn.Module):
+    """Positional inputs and a tuple of outputs, in the card's order: what both exporters name reliably."""
+
+    def __init__(self, model: nn.Module, card: ModelCard) -> None:
+        super().__init__()
+        self.model = model
+        self.input_names = [part.name for part in card.inputs]
+        self.output_names = [part.name for part in card.outputs]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = cast(Model, self.model)(**dict(zip(self.input_names, inputs, strict=True)))
+        return tuple(outputs[name] for name in self.output_names)
+
+
+def _export(model: nn.Module, card: ModelCard) -> onnx.ModelProto:
+    """Return the graph of ``model`` without metadata of the machine it was made on."""
+    graph = _Graph(model, card).eval()
+    lengths = legal_lengths(card)
+    num_samples = lengths[len(lengths) // 2]
+    example = tuple(example_inputs(card, num_samples, _EXAMPLE_BATCH).values())
+    export = _with_torchscript if card.exporter == "torchscript" else _with_dynamo
+    try:
+        with _quiet_exporters():
+            exported = export(graph, example, card)
+    # The exporters raise whatever their passes raise; a user needs to know that it was the export.
+    except Exception as error:
+        raise ExportError(
+            f"torch's {card.exporter!r} exporter failed on {card.name!r}: {type(error).__name__}: {error}"
+        ) from error
+    # Stack traces hold paths of this machine, and nothing reads them.
+    for part in (exported.graph, *exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return exported
+
+
+def _dynamic_axes(part: ModelInput | ModelOutput) -> dict[int, str]:
+    return {axis: name for axis, name in enumerate(part.axes) if not name.isdecimal()}
+
+
+def _with_torchscript(graph: _Graph, example: tuple[Tensor, ...], card: ModelCard) -> onnx.ModelProto:
+    buffer = io.BytesIO()
+    torch.onnx.export(
+        graph,
+        example,
+        buffer,
+        dynamo=False,
+        opset_version=OPSETS["torchscript"],
+        input_names=graph.input_names,
+        output_names=graph.output_names,
+        dynamic_axes={part.name: _dynamic_axes(part) for part in (*card.inputs, *card.outputs)},
+    )
+    return onnx.load_model_from_string(buffer.getvalue())
+
+
+def _with_dynamo(graph: _Graph, example: tuple[Tensor, ...], card: ModelCard) -> onnx.ModelProto:
+    shapes = tuple({axis: torch.export.Dim(name) for axis, name in _dynamic_axes(part).items()} for part in card.inputs)
+    program = torch.onnx.export(
+        graph,
+        example,
+        dynamo=True,
+        verbose=False,
+        opset_version=OPSETS["dynamo"],
+        input_names=graph.input_names,
+        output_names=graph.output_names,
+        dynamic_shapes=(shapes,),
+    )
+    if program is None:
+        raise ExportError("the exporter returned no program")
+    return program.model_proto
+
+
+@contextmanager
+def _quiet_exporters() -> Iterator[None]:
+    """Silence what the exporters say about themselves; anything about the model still shows."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    with warnings.catch_warnings():
+        # torch announces that its TorchScript exporter is no longer the default; the card records why we choose it.
+        warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based ONNX export", DeprecationWarning)
+        warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning, r"torch\.onnx")
+        # torch.export copies a tree specification through a deprecated check of its own.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        registration.setLevel(logging.ERROR)  # "torchvision is not installed", which nothing here needs
+        try:
+            yield
+        finally:
+            registration.setLevel(level)

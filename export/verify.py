@@ -1,0 +1,193 @@
+"""Does an exported graph say what the model says? Asked through onnxruntime, never through TensorFlow."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.external_data_helper
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models_zoo.cards import ModelCard, ModelInput, ModelOutput
+from models_zoo.errors import ExportError, VerificationError
+from train_torch.frontend import TorchFrontend
+from train_torch.models import check_card
+
+__all__ = ["TOLERANCE", "Verification", "example_inputs", "legal_lengths", "verify_onnx"]
+
+TOLERANCE = 1e-4
+"""Bar on max |a - b| / max(1, standard deviation of the reference), for every output of every case."""
+
+_SECONDS = (0.37, 1.003, 2.0, 5.31, 10.0, 30.0)
+_ONNX_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and how far apart the exported graph and the model were.
+
+    Attributes:
+        lengths: clip lengths compared, in samples at the card's rate.
+        batches: batch sizes compared.
+        cases: number of (length, batch) pairs.
+        worst: largest max |a - b| / max(1, standard deviation of the reference) over all cases and outputs.
+        worst_case: where that was.
+        tolerance: the bar ``worst`` stayed under.
+        versions: of the libraries that ran both sides.
+    """
+
+    lengths: tuple[int, ...]
+    batches: tuple[int, ...]
+    cases: int
+    worst: float
+    worst_case: str
+    tolerance: float
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the JSON document stored in the exported file."""
+        return json.dumps(asdict(self))
+
+
+def verify_onnx(
+    path: str | Path,
+    model: nn.Module,
+    card: ModelCard,
+    *,
+    lengths: Sequence[int] | None = None,
+    batches: Sequence[int] | None = None,
+) -> Verification:
+    """Return the comparison of an ONNX file with the model it was exported from.
+
+    Names, types and axes of the graph are compared with the card, then output shapes and values with the model, on
+    noise that went through the card's own front end.
+
+    Args:
+        path: of the file.
+        model: the network, on any device; a copy of it is evaluated on the CPU.
+        card: of the model.
+        lengths: clip lengths in samples; None for the legal minimum and up to six more, to 30 s.
+        batches: every length is compared at every one of these batch sizes; None for 1 and one of 2, 3, 5 in turn.
+
+    Raises:
+        VerificationError: external data, another interface than the card's, other shapes, or values too far apart.
+        CardError: the card does not describe the model.
+    """
+    path = Path(path)
+    check_card(model, card)
+    reference = copy.deepcopy(model).cpu().eval()
+    _check_self_contained(path)
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise VerificationError(f"onnxruntime cannot load {path.name}: {error}") from error
+    _check_interface(session, card)
+
+    worst, worst_case = 0.0, ""
+    done: list[tuple[int, int]] = []
+    for num_samples, batch in _cases(card, lengths, batches):
+        inputs = example_inputs(card, num_samples, batch)
+        with torch.no_grad():
+            expected = reference(**inputs)
+        got = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        for output, actual in zip(card.outputs, got, strict=True):
+            case = f"{output.name} of {batch} x {num_samples} samples"
+            difference = _difference(case, expected[output.name].numpy(), actual)
+            if difference >= worst:
+                worst, worst_case = difference, case
+        done.append((num_samples, batch))
+    if not worst <= TOLERANCE:
+        raise VerificationError(
+            f"{card.name!r} exported with {card.exporter!r} departs from the model: {worst:.3g} in {worst_case}; "
+            f"expected at most {TOLERANCE:g}; try the other exporter"
+        )
+    return Verification(
+        lengths=tuple(sorted({num_samples for num_samples, _ in done})),
+        batches=tuple(sorted({batch for _, batch in done})),
+        cases=len(done),
+        worst=worst,
+        worst_case=worst_case,
+        tolerance=TOLERANCE,
+        versions={"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
+    )
+
+
+def example_inputs(card: ModelCard, num_samples: int, batch: int) -> dict[str, Tensor]:
+    """Return inputs by name for ``(batch, num_samples)`` of seeded noise, a different loudness per item.
+
+    Raises:
+        ExportError: an input comes from neither the front end nor the waveform.
+    """
+    generator = torch.Generator().manual_seed(num_samples)
+    loudness = 0.5 ** torch.arange(1, batch + 1).unsqueeze(1)
+    waveform = (torch.randn(batch, num_samples, generator=generator) * loudness).clamp(-1, 1)
+    inputs = {}
+    for part in card.inputs:
+        if part.source == "frontend" and card.frontend is not None:
+            with torch.no_grad():
+                inputs[part.name] = TorchFrontend(card.frontend).eval()(waveform)
+        elif part.source == "waveform":
+            inputs[part.name] = waveform
+        else:
+            raise ExportError(f"input {part.name!r} comes from {part.source!r}; export knows frontend and waveform")
+    return inputs
+
+
+def _cases(card: ModelCard, lengths: Sequence[int] | None, batches: Sequence[int] | None) -> Iterator[tuple[int, int]]:
+    others = cycle((3, 2, 5))
+    for num_samples in lengths or legal_lengths(card):
+        for batch in batches or (1, next(others)):
+            yield num_samples, batch
+
+
+def legal_lengths(card: ModelCard) -> list[int]:
+    """Return clip lengths in samples from the shortest legal one to 30 s, three at least where three are legal."""
+    policy = card.length_policy
+    step = policy.multiple_of
+    low = -(-card.min_samples // step) * step
+    high = (policy.max or max(low, int(_SECONDS[-1] * card.sample_rate))) // step * step
+    wanted = [low, (low + high) // 2, high, *(int(seconds * card.sample_rate) for seconds in _SECONDS)]
+    return sorted({num_samples // step * step for num_samples in wanted if low <= num_samples <= high})
+
+
+def _check_self_contained(path: Path) -> None:
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    outside = [tensor.name for tensor in tensors if onnx.external_data_helper.uses_external_data(tensor)]
+    if outside:
+        raise VerificationError(f"{path.name} keeps weights in a second file ({outside[0]}, ...); expected one file")
+
+
+def _check_interface(session: onnxruntime.InferenceSession, card: ModelCard) -> None:
+    """Compare names, types and axes of the graph with the card: a frozen axis answers wrongly without an error."""
+    for kind, parts, nodes in (
+        ("inputs", card.inputs, session.get_inputs()),
+        ("outputs", card.outputs, session.get_outputs()),
+    ):
+        expected = [_described(part) for part in parts]
+        actual = [(node.name, node.type, list(node.shape)) for node in nodes]
+        if actual != expected:
+            raise VerificationError(f"{kind} of the graph are {actual}; card {card.name!r} says {expected}")
+
+
+def _described(part: ModelInput | ModelOutput) -> tuple[str, str, list[int | str]]:
+    dtype = part.dtype if isinstance(part, ModelInput) else "float32"
+    return part.name, _ONNX_TYPES[dtype], [int(axis) if axis.isdecimal() else axis for axis in part.axes]
+
+
+def _difference(case: str, expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
+    if actual.shape != expected.shape:
+        raise VerificationError(f"{case}: the graph returns shape {actual.shape}; the model {expected.shape}")
+    if not np.isfinite(expected).all():
+        raise VerificationError(f"{case}: the model itself returns NaN or infinity; its weights are unusable")
+    if not np.isfinite(actual).all():
+        raise VerificationError(f"{case}: the graph returns NaN or infinity; the model does not")
+    return float(np.abs(actual - expected).max() / max(1.0, float(expected.std())))
