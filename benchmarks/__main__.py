@@ -1,0 +1,59 @@
+"""``python -m benchmarks``: ratios against torch, in one process on one thread; exit code 1 if a bar is missed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Read by the libraries while they are imported, so before any of them.
+os.environ.update(OMP_NUM_THREADS="1", TF_NUM_INTRAOP_THREADS="1", TF_NUM_INTEROP_THREADS="1")
+
+RESULTS = Path(__file__).with_name("results.md")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, and with ``--write`` keep the figures in ``benchmarks/results.md``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time crossfade against PyTorch.")
+    parser.add_argument("--seconds", type=float, default=10.0, help="wall time spent on each comparison (default 10)")
+    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULTS.name}")
+    arguments = parser.parse_args(argv)
+
+    import torch
+
+    torch.set_num_threads(1)
+    from benchmarks.timing import describe_machine
+
+    machine = describe_machine()
+    print(machine, flush=True)
+    from benchmarks import measure
+
+    reports = []
+
+    def show(report: measure.Report) -> None:
+        reports.append(report)
+        print(f"\n{report.markdown()}", flush=True)
+
+    show(measure.measure_frontends(arguments.seconds))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        onnx = folder / "mn10.onnx"
+        model = measure.write_mn10(onnx)
+        show(measure.measure_prediction(model, onnx, 2 * arguments.seconds))
+        show(measure.measure_stages(onnx, folder, arguments.seconds))
+        show(measure.measure_cold_start(onnx, repeats=3))
+
+    missed = [entry for report in reports for entry in report.missed]
+    verdict = "Every bar is met." if not missed else "Bars missed:\n\n" + "\n".join(f"- {entry}" for entry in missed)
+    print(f"\n{verdict}")
+    if arguments.write:
+        heading = "# Results of `python -m benchmarks`\n\nCPU time of one thread unless a table says otherwise.\n\n"
+        sections = "\n".join(report.markdown() for report in reports)
+        RESULTS.write_text(f"{heading}{machine}\n\n{sections}\n{verdict}\n", encoding="utf-8")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
