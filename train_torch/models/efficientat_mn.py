@@ -254,7 +254,9 @@ class MN(nn.Module):
     layout: ClassVar[str] = "b m t"
     head_prefix: ClassVar[str] = "classifier."
     exporter: ClassVar[Literal["torchscript", "dynamo"]] = "torchscript"
-    exporter_reason: ClassVar[str] = ""
+    exporter_reason: ClassVar[str] = (
+        "mn10 exports in 1.3 s (dynamo: 25 s); both graphs run within 3 % of each other in onnxruntime"
+    )
 
     def __init__(self, options: MNOptions) -> None:
         super().__init__()
