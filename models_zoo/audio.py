@@ -21,7 +21,7 @@ import soundfile
 import soxr
 from numpy.typing import ArrayLike, NDArray
 
-from models_zoo.containers import inspect_container
+from models_zoo.containers import inspect_container, is_cut_flac
 from models_zoo.errors import AudioDecodeError, WaveformError
 from models_zoo.specs import FrontendSpec
 
@@ -154,11 +154,13 @@ class _Recording:
 
     Attributes:
         file: libsndfile's handle.
+        stream: what it reads from.
         name: for messages.
         expected: samples per channel it must hold.
     """
 
     file: soundfile.SoundFile
+    stream: BinaryIO
     name: str
     expected: int
 
@@ -203,6 +205,8 @@ def _blocks(recording: _Recording) -> Iterator[NDArray[np.float32]]:
         try:
             block = file.read(max(1, _BLOCK_VALUES // file.channels), dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, OSError) as error:
+            if file.format == "FLAC" and is_cut_flac(recording.stream):
+                raise _cut_short(name, recording.expected, count) from error
             raise AudioDecodeError(
                 f"{name}: the recording is damaged after {count} samples ({_reason(error)}); get an undamaged copy",
                 code="corrupt",
@@ -221,13 +225,17 @@ def _blocks(recording: _Recording) -> Iterator[NDArray[np.float32]]:
         count += len(block)
         yield block
     if count < recording.expected:
-        raise AudioDecodeError(
-            f"{name}: the recording is cut short: it states {recording.expected} samples, {count} could be decoded; "
-            "get the whole file again",
-            code="truncated",
-        )
+        raise _cut_short(name, recording.expected, count)
     if count == 0:
         raise _no_samples(name)
+
+
+def _cut_short(name: str, stated: int | None, count: int) -> AudioDecodeError:
+    return AudioDecodeError(
+        f"{name}: the recording is cut short: it states {stated or 'no number of'} samples, {count} could be decoded; "
+        "get the whole file again",
+        code="truncated",
+    )
 
 
 def _mixed(block: NDArray[np.float32], spec: FrontendSpec) -> NDArray[np.float32]:
@@ -261,6 +269,8 @@ def _opened(source: AudioSource) -> Iterator[_Recording]:
         try:
             file = stack.enter_context(soundfile.SoundFile(stream))
         except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, OSError) as error:
+            if container.format == "FLAC" and is_cut_flac(stream):
+                raise _cut_short(name, container.num_samples, 0) from error
             raise AudioDecodeError(
                 f"{name}: looks like {container.format} but cannot be opened ({_reason(error)}); "
                 "get an undamaged copy or convert it to WAV or FLAC",
@@ -270,7 +280,7 @@ def _opened(source: AudioSource) -> Iterator[_Recording]:
         if file.frames <= 0:
             raise _no_samples(name)
         stated = file.frames if file.frames < _UNKNOWN_FRAMES else 0
-        yield _Recording(file, name, max(stated, container.num_samples or 0))
+        yield _Recording(file, stream, name, max(stated, container.num_samples or 0))
 
 
 def _as_stream(source: AudioSource, stack: ExitStack) -> tuple[BinaryIO, str]:

@@ -31,7 +31,7 @@ from typing import BinaryIO
 
 from models_zoo.errors import AudioDecodeError
 
-__all__ = ["FORMATS", "Container", "inspect_container"]
+__all__ = ["FORMATS", "Container", "inspect_container", "is_cut_flac"]
 
 FORMATS = ("WAV", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "Ogg", "MP3")
 """What can be read: names of the containers."""
@@ -260,6 +260,61 @@ def _inspect_flac(stream: BinaryIO, start: int) -> Container:
     packed, _ = _fields(">10xQQ", stream, start + 8, "its STREAMINFO")
     total = packed & (1 << 36) - 1
     return Container("FLAC", packed >> 44, (packed >> 41 & 7) + 1, total or None)
+
+
+def is_cut_flac(stream: BinaryIO) -> bool:
+    """Whether a FLAC that does not decode ends before or inside its last frame, rather than being damaged within.
+
+    Looks for the last frame header near the end of the file: it must be that of the last samples, and the checksum
+    of the bytes from there to the end must be right.
+    """
+    size = stream.seek(0, 2)
+    start = _after_id3(stream, 0)
+    header = _read_at(stream, start + 8, 18)
+    if len(header) < 18:
+        return True
+    block_size, frame_size = int.from_bytes(header[2:4]), int.from_bytes(header[7:10])
+    total = int.from_bytes(header[10:18]) & (1 << 36) - 1
+    reach = min(size - start, 2 * (frame_size or 1 << 17))
+    tail = _read_at(stream, size - reach, reach)
+    place = len(tail)
+    while (place := tail.rfind(b"\xff", 0, place)) >= 0:
+        end = _flac_frame_end(tail[place : place + 16], block_size)
+        if end is not None and end <= total:
+            return end < total or _crc(tail[place:], 0x8005, 16) != 0
+    return True
+
+
+def _flac_frame_end(header: bytes, block_size: int) -> int | None:
+    """Return the number of the first sample after the frame with this header; None if it is no frame header."""
+    if len(header) < 6 or header[1] & 0xFE != 0xF8 or header[2] >> 4 == 0:
+        return None
+    more = 0 if header[4] < 0x80 else 7 - (header[4] ^ 0xFF).bit_length()
+    number = header[4] if not more else header[4] & (0x3F >> more)
+    for byte in header[5 : 5 + more]:
+        number = number << 6 | byte & 0x3F
+    offset = 5 + more
+    code = header[2] >> 4
+    extra = {6: 1, 7: 2}.get(code, 0)
+    if extra:
+        length = int.from_bytes(header[offset : offset + extra]) + 1
+    else:
+        length = 192 if code == 1 else 576 << code - 2 if code < 6 else 256 << code - 8
+    offset += extra + {12: 1, 13: 2, 14: 2}.get(header[2] & 0xF, 0)
+    if len(header) <= offset or _crc(header[: offset + 1], 0x07, 8) != 0:
+        return None
+    return (number if header[1] & 1 else number * block_size) + length
+
+
+def _crc(data: bytes, polynomial: int, width: int) -> int:
+    """Return FLAC's checksums, not reflected and from 0; that of data followed by its own checksum is 0."""
+    register = 0
+    for byte in data:
+        register ^= byte << width - 8
+        for _ in range(8):
+            register = register << 1 ^ (polynomial if register >> width - 1 else 0)
+            register &= (1 << width) - 1
+    return register
 
 
 _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))

@@ -1,0 +1,170 @@
+"""How good scores are: NumPy only, equal to scikit-learn's definitions, ties included.
+
+``targets`` are true class indices, ``(num_clips,)`` integers, or, for the ranking metrics, also ``(num_clips,
+num_classes)`` of 0 and 1 where a clip may have several classes. A class nobody can be right or wrong about (no
+positive clip; for the AUC also no negative one) has the value nan and is left out of means; a mean of nothing is nan.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
+
+from models_zoo.errors import DataError
+
+__all__ = [
+    "accuracy",
+    "average_precision",
+    "balanced_accuracy",
+    "confusion_matrix",
+    "d_prime",
+    "mean_average_precision",
+    "mean_roc_auc",
+    "roc_auc",
+]
+
+
+def accuracy(targets: ArrayLike, predictions: ArrayLike) -> float:
+    """Return the share of clips whose predicted class is the true one.
+
+    Args:
+        targets, predictions: ``(num_clips,)`` class indices.
+
+    Raises:
+        DataError: not equally many indices, or none.
+    """
+    true, predicted = _indices(targets, predictions)
+    return float(np.mean(true == predicted))
+
+
+def balanced_accuracy(targets: ArrayLike, predictions: ArrayLike) -> float:
+    """Return the mean over the classes in ``targets`` of the share of their clips predicted right.
+
+    Args:
+        targets, predictions: ``(num_clips,)`` class indices.
+
+    Raises:
+        DataError: not equally many indices, or none.
+    """
+    true, predicted = _indices(targets, predictions)
+    return float(np.mean([np.mean(predicted[true == label] == label) for label in np.unique(true)]))
+
+
+def confusion_matrix(targets: ArrayLike, predictions: ArrayLike, num_classes: int) -> NDArray[np.int64]:
+    """Return ``(num_classes, num_classes)`` counts: row true class, column predicted class.
+
+    Args:
+        targets, predictions: ``(num_clips,)`` class indices below ``num_classes``.
+
+    Raises:
+        DataError: not equally many indices, none, or one that is no class.
+    """
+    true, predicted = _indices(targets, predictions)
+    highest = int(max(true.max(), predicted.max()))
+    if highest >= num_classes:
+        raise DataError(f"got class index {highest}; expected indices below num_classes, {num_classes}")
+    counts = np.bincount(true * num_classes + predicted, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def average_precision(targets: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
+    """Return ``(num_classes,)``: the precision at every threshold, weighted by the recall gained there.
+
+    Equal scores share one threshold. Nan for a class without a positive clip.
+
+    Args:
+        targets: see the module.
+        scores: ``(num_clips, num_classes)``, higher for more likely.
+
+    Raises:
+        DataError: shapes that do not fit, targets other than 0 and 1, scores that are not finite.
+    """
+    positive, score = _ranking(targets, scores)
+    return np.array([_average_precision(positive[:, i], score[:, i]) for i in range(score.shape[1])])
+
+
+def mean_average_precision(targets: ArrayLike, scores: ArrayLike) -> float:
+    """Return the mean of :func:`average_precision` over the classes that have it (mAP, macro)."""
+    return _mean(average_precision(targets, scores))
+
+
+def roc_auc(targets: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
+    """Return ``(num_classes,)``: the chance that a positive clip scores above a negative one, ties counting half.
+
+    Nan for a class without a positive or without a negative clip.
+
+    Args:
+        targets: see the module.
+        scores: ``(num_clips, num_classes)``, higher for more likely.
+
+    Raises:
+        DataError: shapes that do not fit, targets other than 0 and 1, scores that are not finite.
+    """
+    positive, score = _ranking(targets, scores)
+    return np.array([_roc_auc(positive[:, i], score[:, i]) for i in range(score.shape[1])])
+
+
+def mean_roc_auc(targets: ArrayLike, scores: ArrayLike) -> float:
+    """Return the mean of :func:`roc_auc` over the classes that have it."""
+    return _mean(roc_auc(targets, scores))
+
+
+def d_prime(auc: ArrayLike) -> NDArray[np.float64]:
+    """Return the distance, in standard deviations, of two normal distributions with this AUC: sqrt(2) * ppf(auc).
+
+    Infinite at 0 and 1, nan where ``auc`` is. AudioSet's custom is d' of the mean AUC, not the mean of d'.
+    """
+    return np.asarray(np.sqrt(2.0) * ndtri(np.asarray(auc, np.float64)), np.float64)
+
+
+def _indices(targets: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    true, predicted = np.asarray(targets), np.asarray(predictions)
+    if true.ndim != 1 or true.shape != predicted.shape or true.size == 0:
+        raise DataError(
+            f"got targets {true.shape} and predictions {predicted.shape}; expected one index per clip in each"
+        )
+    for name, values in (("targets", true), ("predictions", predicted)):
+        if values.dtype.kind not in "iu" or values.min() < 0:
+            raise DataError(f"got {name} of dtype {values.dtype}; expected class indices from 0")
+    return true.astype(np.int64), predicted.astype(np.int64)
+
+
+def _ranking(targets: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    true, score = np.asarray(targets), np.asarray(scores, np.float64)
+    if score.ndim != 2 or not np.isfinite(score).all():
+        raise DataError(f"got scores of shape {score.shape}; expected finite numbers, (num_clips, num_classes)")
+    if true.ndim == 1 and true.dtype.kind in "iu":
+        if len(true) != len(score) or (true.size and not 0 <= true.min() <= true.max() < score.shape[1]):
+            raise DataError(f"got {len(true)} targets for scores {score.shape}; expected one class index per clip")
+        true = true[:, None] == np.arange(score.shape[1])
+    if true.shape != score.shape or not np.isin(true, (0, 1)).all():
+        raise DataError(
+            f"got targets of shape {true.shape} for scores {score.shape}; expected 0 and 1 in the same shape"
+        )
+    return true.astype(bool), score
+
+
+def _average_precision(positive: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
+    if not positive.any():
+        return float("nan")
+    order = np.argsort(-score, kind="stable")
+    last_of_tie = np.append(np.diff(score[order]) != 0, True)
+    hits = np.cumsum(positive[order])[last_of_tie]
+    precision = hits / (np.flatnonzero(last_of_tie) + 1)
+    return float(np.sum(np.diff(hits, prepend=0) * precision) / positive.sum())
+
+
+def _roc_auc(positive: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
+    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
+    if not num_positive or not num_negative:
+        return float("nan")
+    _, place, counts = np.unique(score, return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(counts) - (counts - 1) / 2
+    above = mean_rank[place][positive].sum() - num_positive * (num_positive + 1) / 2
+    return float(above / (num_positive * num_negative))
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else float("nan")
