@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import onnx
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from export.verify import Verification, example_inputs, legal_lengths, verify_onnx
 from models_zoo.cards import CARD_KEY, VERIFICATION_KEY, ModelCard, ModelInput, ModelOutput
-from models_zoo.errors import ExportError
-from models_zoo.files import replacing
+from models_zoo.errors import CheckpointError, DataError, ExportError
+from models_zoo.files import check_writable, replacing
+from train_torch.checkpoint import load_checkpoint
 from train_torch.models import Model, check_card
 
-__all__ = ["CHECKPOINT_KEY", "EXPORTER_KEY", "OPSETS", "OPSET_KEY", "export_onnx"]
+__all__ = ["CHECKPOINT_KEY", "EXPORTER_KEY", "OPSETS", "OPSET_KEY", "export_checkpoint", "export_onnx"]
 
 CHECKPOINT_KEY = "crossfade.checkpoint_sha256"
 OPSET_KEY = "crossfade.opset"
@@ -77,6 +78,58 @@ def export_onnx(
         onnx.helper.set_model_props(exported, {**metadata, VERIFICATION_KEY: verification.to_json()})
         onnx.save_model(exported, partial)
     return verification
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    path: str | Path,
+    *,
+    model: str | None = None,
+    name: str | None = None,
+    labels_file: str | Path | None = None,
+    exporter: Literal["torchscript", "dynamo"] | None = None,
+    force: bool = False,
+) -> tuple[ModelCard, Verification]:
+    """Export a checkpoint file; return the card inside the ONNX file, and the comparison.
+
+    Args:
+        checkpoint: our ``.safetensors``, or a published file.
+        path: of the ONNX file.
+        model: name of the card of a published file.
+        name: for the exported model; None for the card's.
+        labels_file: UTF-8 text, one class name per line in the model's order; None for the card's.
+        exporter: None for the card's choice.
+        force: replace an existing file.
+
+    Raises:
+        AudioClassifierError: see :func:`~train_torch.checkpoint.load_checkpoint` and :func:`export_onnx`; also where
+            the labels are more or fewer than the checkpoint's classes.
+    """
+    check_writable(path, force=force)
+    labels = None if labels_file is None else _read_labels(Path(labels_file))
+    loaded = load_checkpoint(checkpoint, model, labels=labels)
+    untrained = sorted(set(loaded.replaced) & set(loaded.model.state_dict()))
+    if untrained:
+        raise CheckpointError(
+            f"{checkpoint} scores another number of classes than the {len(labels or ())} labels given; exporting would "
+            f"ship an untrained head ({', '.join(untrained)}); give as many labels, or train the head first"
+        )
+    card = loaded.card if name is None else loaded.card.replace(name=name)
+    if exporter is not None and exporter != card.exporter:
+        card = card.replace(exporter=exporter, exporter_reason="asked for")
+    return card, export_onnx(loaded.model, card, path, force=force, checkpoint_sha256=loaded.sha256)
+
+
+def _read_labels(path: Path) -> tuple[str, ...]:
+    try:
+        labels = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    except OSError as error:
+        raise DataError(f"cannot read the labels in {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text; save the labels as UTF-8, one per line") from error
+    if not labels or not all(labels):
+        raise DataError(f"{path} has {'no lines' if not labels else 'an empty line'}; expected one label per line")
+    return labels
 
 
 class _Graph(nn.Module):

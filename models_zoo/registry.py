@@ -10,6 +10,7 @@ from pathlib import Path
 
 from models_zoo.cards import ModelCard
 from models_zoo.errors import UnknownNameError
+from models_zoo.labels import label_names
 from models_zoo.presets import get_frontend
 
 __all__ = ["get_card", "list_models", "list_shipped", "shipped_model"]
@@ -43,8 +44,6 @@ def _read_card(name: str) -> ModelCard:
     if isinstance(data.get("frontend"), str):
         data["frontend"] = get_frontend(data["frontend"]).to_dict()
     if isinstance(data.get("labels"), str):
-        from models_zoo.labels import label_names
-
         data["labels"] = list(label_names(data["labels"]))
     return ModelCard.from_dict(data)
 

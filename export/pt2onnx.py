@@ -1,0 +1,88 @@
+"""Turn a checkpoint into one verified ONNX file.
+
+``python export/pt2onnx.py model.safetensors -o model.onnx``
+``python export/pt2onnx.py mn10_as_mAP_471.pt --model mn10_as -o mn10_as.onnx``
+
+The verification summary goes to stdout, errors go to stderr in one line. Exit codes: 0 exported and verified,
+1 the graph departs from the model (no file is left), 2 bad input or usage, 130 and 143 interrupted or terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+if __name__ == "__main__" and not __package__:
+    # Started by its path: Python put this folder first, where our packages are missing and names may hide libraries.
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [str(_here.parent), *(entry for entry in sys.path if Path(entry).resolve() != _here)]
+
+from models_zoo.errors import AudioClassifierError, VerificationError
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pt2onnx", description="Turn a checkpoint into one verified ONNX file with its card inside."
+    )
+    parser.add_argument("checkpoint", help=".safetensors with its card inside, or a published .pt with --model")
+    parser.add_argument("-o", "--output", required=True, help="the .onnx file to write")
+    parser.add_argument("--model", metavar="NAME", help="card of a published checkpoint, e.g. mn10_as")
+    parser.add_argument("--name", help="name of the exported model (default: the card's)")
+    parser.add_argument("--labels", metavar="FILE", help="class names, one per line, in the model's order")
+    parser.add_argument("--exporter", choices=("torchscript", "dynamo"), help="default: the card's choice")
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+    return parser
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    """Export, and return the summary of the verification."""
+    from export.exporter import export_checkpoint  # here, so that --help stays free of torch
+
+    card, done = export_checkpoint(
+        arguments.checkpoint,
+        arguments.output,
+        model=arguments.model,
+        name=arguments.name,
+        labels_file=arguments.labels,
+        exporter=arguments.exporter,
+        force=arguments.force,
+    )
+    shortest, longest = (f"{length / card.sample_rate:.3g} s" for length in (done.lengths[0], done.lengths[-1]))
+    return (
+        f"{arguments.output}: {card.name} ({card.architecture}, {card.exporter} exporter)\n"
+        f"verified in {done.cases} cases: {len(done.lengths)} lengths from {shortest} to {longest}, "
+        f"batches {', '.join(map(str, done.batches))}\n"
+        f"worst difference {done.worst:.2g} (bar {done.tolerance:g}), {done.worst_case}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export as the arguments say; return the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        print(_export(arguments))
+    except AudioClassifierError as error:
+        print(f"pt2onnx: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, VerificationError) else 2
+    except ModuleNotFoundError as error:
+        print(f"pt2onnx: {error.name} is not installed; in the checkout: pip install -e '.[export]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pt2onnx: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)  # an exception, so that the half-written file is removed on the way out
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(main())
