@@ -7,27 +7,24 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeAlias, TypeVar, overload
+from typing import Any, Self, TypeAlias, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infer_tf.backend import claim_tensorflow
 from infer_tf.session import OnnxSession
-from models_zoo.audio import as_waveform, load_audio, stream_audio
+from models_zoo.audio import AudioSource, as_waveform, load_audio, stream_audio
 from models_zoo.cards import ModelCard
 from models_zoo.decoding import check_window, class_names, decode, legal_segments
 from models_zoo.errors import ModelFileError, WaveformError
 from models_zoo.prediction import Prediction
 from models_zoo.registry import get_card, list_models, list_shipped, shipped_model
 
-__all__ = ["Recording", "Source", "TFAudioClassifier", "find_model"]
+__all__ = ["Source", "TFAudioClassifier", "find_model"]
 
-Recording: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO
-"""A path, a file's contents, or an open file."""
-
-Source: TypeAlias = Recording | NDArray[Any]
-"""One clip: a recording or an array."""
+Source: TypeAlias = AudioSource | NDArray[Any]
+"""One clip: a path, a file's contents, an open file, or an array."""
 
 _T = TypeVar("_T")
 _Outputs: TypeAlias = dict[str, NDArray[np.float32]]
@@ -122,7 +119,7 @@ class TFAudioClassifier:
 
     @overload
     def predict(
-        self, source: Recording, sample_rate: int | None = None, channels_first: bool = False
+        self, source: AudioSource, sample_rate: int | None = None, channels_first: bool = False
     ) -> Prediction: ...
     @overload
     def predict(
@@ -159,7 +156,7 @@ class TFAudioClassifier:
 
     @overload
     def embed(
-        self, source: Recording, sample_rate: int | None = None, channels_first: bool = False
+        self, source: AudioSource, sample_rate: int | None = None, channels_first: bool = False
     ) -> NDArray[np.float32]: ...
     @overload
     def embed(
@@ -217,7 +214,7 @@ class TFAudioClassifier:
             blocks: Iterable[NDArray[np.float32]] = [self._waveform(source, sample_rate, channels_first)]
         else:
             _refuse_rate(sample_rate)
-            blocks = stream_audio(_recording(source), self._spec)
+            blocks = stream_audio(cast(AudioSource, source), self._spec)
         return self._windows(blocks, size, step)
 
     def _windows(self, blocks: Iterable[NDArray[np.float32]], size: int, step: int) -> Iterator[Prediction]:
@@ -299,7 +296,7 @@ class TFAudioClassifier:
     def _waveform(self, source: Any, sample_rate: int | None, channels_first: bool) -> NDArray[np.float32]:
         if not _is_array(source):
             _refuse_rate(sample_rate)
-            return load_audio(_recording(source), self._spec, max_seconds=self.max_seconds)
+            return load_audio(source, self._spec, max_seconds=self.max_seconds)
         array = np.asarray(source)
         if array.ndim != 1 and not (channels_first and array.ndim == 2):
             raise WaveformError(
@@ -355,15 +352,6 @@ def find_model(model: str | os.PathLike[str]) -> Path:
 
 def _is_array(source: object) -> bool:
     return isinstance(source, np.ndarray) or hasattr(source, "__array__")
-
-
-def _recording(source: object) -> Any:
-    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(source, "read"):
-        return bytes(source) if isinstance(source, (bytearray, memoryview)) else source
-    raise WaveformError(
-        f"got {type(source).__name__}; expected a path, bytes, an open binary file, an array, or a list of those",
-        code="type",
-    )
 
 
 def _refuse_rate(sample_rate: int | None) -> None:

@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import tensorflow as tf
 from numpy.typing import NDArray
 
+from infer_tf.backend import load_tensorflow
 from models_zoo.errors import WaveformError
 from models_zoo.filterbanks import analysis_tables
 from models_zoo.specs import STAGES, Frames, FrontendSpec, Statistics
 
 __all__ = ["TFFrontend"]
 
+tf = load_tensorflow()  # imported without its notices on standard error
+
 
 @tf.keras.utils.register_keras_serializable(package="crossfade")
-class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc]
+class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
     """Waveform -> features in TensorFlow, stage by stage as the spec declares.
 
     One explicit path (cut frames, window, ``tf.signal.rfft``, the FFT bins the mel matrix uses) serves every spec;
@@ -39,6 +41,11 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc]
         self._graph = self._compiled(self._features)
         self.built = True
 
+    def __call__(self, waveform: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return :meth:`call` of ``waveform``, with its errors as they are: Keras would wrap those raised inside."""
+        self._check(waveform.shape)
+        return super().__call__(waveform, *args, **kwargs)
+
     def call(self, waveform: Any) -> Any:
         """Return the features of ``waveform`` in the spec's layout, float32.
 
@@ -49,7 +56,6 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc]
             WaveformError: not two-dimensional.
             ClipLengthError: shorter than ``spec.min_samples``.
         """
-        self._check(waveform.shape)
         return self._graph(tf.convert_to_tensor(waveform, tf.float32))
 
     def features(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:

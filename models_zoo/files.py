@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from models_zoo.errors import OutputExistsError, OutputWriteError
 
-__all__ = ["check_writable", "replacing"]
+__all__ = ["check_folder_writable", "check_writable", "replacing", "replacing_folder"]
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.partial(?P<suffix>\.[^.]+)?$")
 
@@ -30,7 +31,15 @@ def _remove_abandoned(path: Path) -> None:
     for candidate in path.parent.glob(f".{path.name}.*.partial*"):
         match = _PARTIAL.match(candidate.name)
         if match and match["name"] == path.name and not _process_is_alive(int(match["pid"])):
-            candidate.unlink(missing_ok=True)
+            _remove(candidate)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path, *, force: bool = False) -> Path:
@@ -81,3 +90,46 @@ def replacing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_folder_writable(path: str | Path, *, force: bool = False) -> Path:
+    """Return ``path`` once it is known that a result folder may be written there.
+
+    Raises:
+        OutputExistsError: ``path`` is a folder with something in it and ``force`` is false.
+        OutputWriteError: ``path`` is a file, or its parent cannot be made or written to.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise OutputWriteError(f"cannot write the folder {path}: a file of that name exists")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise OutputExistsError(f"{path} exists; pass --force (force=True) to replace it, or choose another name")
+    check_writable(path / "x" if path.is_dir() else path, force=True)
+    return path
+
+
+@contextmanager
+def replacing_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that takes its name when the block succeeds.
+
+    Raises:
+        OutputExistsError: ``path`` is a folder with something in it and ``force`` is false.
+        OutputWriteError: the operating system refused the write (full disk, permissions).
+    """
+    path = check_folder_writable(path, force=force)
+    _remove_abandoned(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.partial.old")
+    try:
+        partial.mkdir()
+        yield partial
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputWriteError(
+            f"could not write {path}: {error.strerror or error}; nothing half-written was left under that name"
+        ) from error
+    finally:
+        _remove(partial)
+        _remove(replaced)

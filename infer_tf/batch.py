@@ -1,0 +1,179 @@
+"""Many recordings into one table: a row per clip, in order, and a row with the reason per clip that failed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from infer_tf.classifier import TFAudioClassifier
+from models_zoo.dataset import AUDIO_SUFFIXES
+from models_zoo.errors import AudioDecodeError, DataError, ModelFileError, WaveformError
+from models_zoo.files import replacing
+from models_zoo.prediction import Prediction
+
+__all__ = ["OUTPUT_SUFFIXES", "Request", "Summary", "is_collection", "list_recordings", "predict_files", "scores_of"]
+
+OUTPUT_SUFFIXES = (".csv", ".jsonl")
+"""What a table of predictions may be written as."""
+
+CLIP_ERRORS = (AudioDecodeError, WaveformError, ModelFileError)
+"""What one clip may fail with without ending the work on the others."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to predict of each recording.
+
+    Attributes:
+        top: classes listed per clip.
+        window, hop: seconds of sliding windows, or None to score each recording whole.
+        embedding: keep the embedding.
+    """
+
+    top: int = 5
+    window: float | None = None
+    hop: float | None = None
+    embedding: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How many recordings were worked on and how many of them failed."""
+
+    total: int
+    failed: int
+
+
+def is_collection(path: str | os.PathLike[str]) -> bool:
+    """Return whether ``path`` is a folder or a manifest rather than a recording."""
+    return os.path.isdir(path) or Path(path).suffix.lower() == ".csv"
+
+
+def list_recordings(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Return the recordings that files, folders and manifests name, in order.
+
+    A folder stands for the recordings below it, sorted by path; a manifest (``.csv`` with a ``file`` column) for the
+    files it lists, relative to itself.
+
+    Raises:
+        DataError: a folder without recordings, or a manifest without a ``file`` column or without rows.
+    """
+    found: list[Path] = []
+    for item in map(Path, inputs):
+        if item.is_dir():
+            below = sorted(path for path in item.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
+            if not below:
+                raise DataError(
+                    f"{item}: no recordings in this folder; expected files {', '.join(sorted(AUDIO_SUFFIXES))}"
+                )
+            found += below
+        elif is_collection(item):
+            found += _read_manifest(item)
+        else:
+            found.append(item)
+    return found
+
+
+def _read_manifest(path: Path) -> list[Path]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            columns = reader.fieldnames or []
+            if "file" not in columns:
+                raise DataError(f"{path}: columns {', '.join(columns) or 'none'}; expected a column 'file'")
+            names = [(reader.line_num, row["file"] or "") for row in reader]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a CSV table in UTF-8: {error}") from None
+    empty = [line for line, name in names if not name.strip()]
+    if empty or not names:
+        raise DataError(
+            f"{path}: {f'line {empty[0]} names no file' if empty else 'no rows'}; expected one file per row"
+        )
+    return [path.parent / name for _, name in names]
+
+
+def scores_of(classifier: TFAudioClassifier, source: Any, request: Request) -> Iterator[Prediction]:
+    """Yield the prediction of a recording, or of each of its windows, with what ``request`` asks for."""
+    if request.window is None:
+        answers: Iterator[Prediction] = iter([classifier.predict(source)])
+    else:
+        hop = request.window / 2 if request.hop is None else request.hop
+        answers = classifier.predict_windows(source, request.window, hop)
+    for answer in answers:
+        yield answer if request.embedding else replace(answer, embedding=None)
+
+
+def predict_files(
+    classifier: TFAudioClassifier,
+    recordings: Sequence[Path],
+    output: str | Path,
+    request: Request,
+    *,
+    force: bool = False,
+) -> Summary:
+    """Write the predictions of many recordings to ``output``, completely or not at all.
+
+    A progress bar is shown on standard error where that is a terminal.
+
+    Args:
+        classifier: the model.
+        recordings: paths; each gets a row (one per window where windows are asked for), in order.
+        output: a ``.csv`` or ``.jsonl`` file.
+        request: what to predict.
+        force: replace an existing file.
+
+    Raises:
+        OutputExistsError, OutputWriteError: the table cannot be written.
+    """
+    failed = 0
+    with replacing(output, force=force) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+        classes = min(request.top, len(classifier.labels))
+        write = (
+            _csv_writer(stream, classes, request) if Path(output).suffix.lower() == ".csv" else _jsonl_writer(stream)
+        )
+        for recording in tqdm(recordings, unit="file", file=sys.stderr, disable=None):
+            name = os.fspath(recording)
+            try:
+                for prediction in scores_of(classifier, recording, request):
+                    write({"file": name, **prediction.to_dict(classes)})
+            except CLIP_ERRORS as error:
+                failed += 1
+                code = getattr(error, "code", type(error).__name__)
+                write({"file": name, "error": " ".join(str(error).split()), "code": code})
+    return Summary(total=len(recordings), failed=failed)
+
+
+def _jsonl_writer(stream: IO[str]) -> Any:
+    def write(row: dict[str, Any]) -> None:
+        stream.write(json.dumps(row) + "\n")
+
+    return write
+
+
+def _csv_writer(stream: IO[str], classes: int, request: Request) -> Any:
+    """Return a writer of the columns file, start, end, label_1, probability_1, ..., [embedding,] code, error."""
+    columns = ["file", "start", "end"]
+    columns += [f"{name}_{rank}" for rank in range(1, classes + 1) for name in ("label", "probability")]
+    columns += ["embedding"] * request.embedding + ["code", "error"]
+    writer = csv.DictWriter(stream, columns, restval="")
+    writer.writeheader()
+
+    def write(row: dict[str, Any]) -> None:
+        flat = {key: value for key, value in row.items() if key in columns}
+        for rank, entry in enumerate(row.get("top", []), start=1):
+            flat |= {f"label_{rank}": entry["label"], f"probability_{rank}": entry["probability"]}
+        if "embedding" in flat:
+            flat["embedding"] = json.dumps(flat["embedding"])
+        writer.writerow(flat)
+
+    return write

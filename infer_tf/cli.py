@@ -1,0 +1,500 @@
+"""The ``crossfade`` command. Results on standard output, everything else on standard error.
+
+Exit codes: 0 fine, 1 some recordings failed, 2 bad usage or bad input (one line says what), 130 interrupted.
+Nothing heavy is imported before the command is known to need it, so ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from models_zoo.errors import AudioClassifierError, DataError
+
+if TYPE_CHECKING:
+    from infer_tf.batch import Request
+    from infer_tf.classifier import TFAudioClassifier
+    from models_zoo.cards import ModelCard
+    from models_zoo.prediction import Prediction
+
+__all__ = ["main"]
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+class _UsageError(AudioClassifierError, ValueError):
+    """The command line itself is wrong."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        argv: arguments without the program's name, or None for the process's own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        arguments = _parser().parse_args(argv)
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
+    except AudioClassifierError as error:
+        print(f"crossfade: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("crossfade: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="crossfade", description="Classify recordings with exported models.")
+    parser.add_argument("--version", action="version", version=f"crossfade {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    predict = commands.add_parser("predict", help="labels and probabilities of recordings")
+    predict.add_argument("model", metavar="MODEL", help="an .onnx file, or the name of a shipped model")
+    predict.add_argument(
+        "inputs", metavar="INPUT", nargs="+", help="a recording, '-' for standard input, a folder, or a manifest (.csv)"
+    )
+    predict.add_argument("--json", action="store_true", help="one JSON object per line, per clip or window")
+    predict.add_argument("--top", type=_count, default=5, metavar="K", help="classes shown (default 5)")
+    predict.add_argument("--plot", type=_picture, metavar="FILE", help="picture of the spectrogram and the scores")
+    predict.add_argument("--window", type=_seconds, metavar="S", help="score sliding windows of S seconds")
+    predict.add_argument("--hop", type=_seconds, metavar="S", help="seconds between windows (default: half a window)")
+    predict.add_argument("--embedding", action="store_true", help="include the embedding in JSON and tables")
+    predict.add_argument("-o", "--output", type=_table, metavar="FILE", help="write a .csv or .jsonl table")
+    predict.add_argument("--force", action="store_true", help="replace existing outputs")
+    _add_runtime(predict)
+    predict.set_defaults(run=_predict)
+
+    evaluate = commands.add_parser("evaluate", help="accuracy and other measures on labelled recordings")
+    evaluate.add_argument("model", metavar="MODEL", help="an .onnx file, or the name of a shipped model")
+    evaluate.add_argument("--data", required=True, metavar="DIR", help="class folders, or a folder with metadata.csv")
+    evaluate.add_argument("--split", default="test", help="train, validation, test (default) or all")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.add_argument("--plot", type=_picture, metavar="FILE", help="picture of the confusion matrix")
+    evaluate.add_argument("--force", action="store_true", help="replace existing outputs")
+    _add_runtime(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    info = commands.add_parser("info", help="what a model is, takes and returns, and how it was verified")
+    info.add_argument("model", metavar="MODEL", help="an .onnx file, or the name of a shipped model")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=_info)
+
+    models = commands.add_parser("models", help="models that ship, and published ones that can be exported")
+    models.add_argument("pattern", metavar="PATTERN", nargs="?", default="*", help="e.g. 'mn*'")
+    models.add_argument("--json", action="store_true", help="print one JSON object per line")
+    models.set_defaults(run=_models)
+
+    export = commands.add_parser("export-frontend", help="a front end as a SavedModel, for TensorFlow alone")
+    export.add_argument("source", metavar="MODEL_OR_PRESET", help="a model, or a front end such as 'efficientat'")
+    export.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="the SavedModel's folder")
+    export.add_argument("--force", action="store_true", help="replace an existing folder")
+    export.set_defaults(run=_export_frontend)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("crossfade")
+
+
+def _add_runtime(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the network (default: one per core)")
+    parser.add_argument(
+        "--max-seconds", type=_seconds, default=600.0, metavar="S", help="longest recording read whole (default 600)"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number, at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected seconds, more than 0")
+    return seconds
+
+
+def _path_with_suffix(text: str, suffixes: Sequence[str]) -> Path:
+    if Path(text).suffix.lower() not in suffixes:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a file name ending in {' or '.join(suffixes)}")
+    return Path(text)
+
+
+def _picture(text: str) -> Path:
+    return _path_with_suffix(text, _PICTURES)
+
+
+def _table(text: str) -> Path:
+    return _path_with_suffix(text, (".csv", ".jsonl"))
+
+
+def _classifier(arguments: argparse.Namespace) -> TFAudioClassifier:
+    from infer_tf.classifier import TFAudioClassifier
+
+    return TFAudioClassifier(arguments.model, arguments.device, arguments.threads, max_seconds=arguments.max_seconds)
+
+
+def _check_outputs(arguments: argparse.Namespace, *outputs: Path | None) -> None:
+    """Refuse, before any work, what could not be written after it."""
+    from models_zoo.files import check_writable
+
+    for output in outputs:
+        if output is not None:
+            check_writable(output, force=arguments.force)
+    if arguments.plot is not None:
+        from infer_tf.plot import require_matplotlib
+
+        require_matplotlib()
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from infer_tf.batch import Request, is_collection, list_recordings, predict_files
+
+    if arguments.hop is not None and arguments.window is None:
+        raise _UsageError("--hop needs --window")
+    request = Request(arguments.top, arguments.window, arguments.hop, arguments.embedding)
+    collections = [name for name in arguments.inputs if is_collection(name)]
+    if collections and arguments.output is None:
+        raise _UsageError(f"{collections[0]} is a folder or a manifest; add -o FILE.csv or -o FILE.jsonl")
+    if arguments.plot is not None and (len(arguments.inputs) > 1 or arguments.output is not None):
+        raise _UsageError("--plot takes one recording, without -o")
+    if arguments.output is not None and (arguments.json or "-" in arguments.inputs):
+        raise _UsageError("-o writes a table of files; leave out --json and '-'")
+    if arguments.output is not None and any(_same_file(arguments.output, name) for name in arguments.inputs):
+        raise _UsageError(f"{arguments.output} is also an input; choose another output")
+    _check_outputs(arguments, arguments.output, arguments.plot)
+
+    if arguments.output is not None:
+        recordings = list_recordings(arguments.inputs)
+        with _classifier(arguments) as classifier:
+            summary = predict_files(classifier, recordings, arguments.output, request, force=arguments.force)
+        print(
+            f"{summary.total - summary.failed} of {summary.total} recordings predicted, {summary.failed} failed; "
+            f"wrote {arguments.output}",
+            file=sys.stderr,
+        )
+        return 1 if summary.failed else 0
+
+    with _classifier(arguments) as classifier:
+        if arguments.plot is not None:
+            _plot(arguments, classifier, request)
+            return 0
+        failed = 0
+        for name in arguments.inputs:
+            try:
+                _print_scores(arguments, classifier, _source(name), name, request)
+            except AudioClassifierError as error:
+                if len(arguments.inputs) == 1:
+                    raise
+                failed += 1
+                print(f"crossfade: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if failed:
+            print(f"{failed} of {len(arguments.inputs)} recordings failed", file=sys.stderr)
+        return 1 if failed else 0
+
+
+def _same_file(output: Path, name: str) -> bool:
+    return os.path.exists(output) and os.path.exists(name) and os.path.samefile(output, name)
+
+
+def _source(name: str) -> Any:
+    return sys.stdin.buffer if name == "-" else name
+
+
+def _plot(arguments: argparse.Namespace, classifier: TFAudioClassifier, request: Request) -> None:
+    from infer_tf.batch import scores_of
+    from infer_tf.plot import plot_prediction
+    from models_zoo.audio import load_audio
+    from models_zoo.decoding import legal_segments
+
+    name = arguments.inputs[0]
+    waveform = load_audio(_source(name), classifier.frontend.spec, max_seconds=arguments.max_seconds)
+    predictions = list(scores_of(classifier, waveform, request))
+    for prediction in predictions:
+        _print_prediction(arguments, name, prediction, request)
+    segments = legal_segments(waveform, classifier.card) if request.window is None else waveform[None]
+    plot_prediction(
+        arguments.plot,
+        classifier.frontend,
+        segments[0] if len(segments) == 1 else waveform,
+        predictions,
+        title=f"{Path(name).name}: {classifier.card.name}",
+        top=arguments.top,
+        force=arguments.force,
+    )
+    print(f"wrote {arguments.plot}", file=sys.stderr)
+
+
+def _print_scores(
+    arguments: argparse.Namespace, classifier: TFAudioClassifier, source: Any, name: str, request: Request
+) -> None:
+    from infer_tf.batch import scores_of
+
+    for prediction in scores_of(classifier, source, request):
+        _print_prediction(arguments, name, prediction, request)
+
+
+def _print_prediction(arguments: argparse.Namespace, name: str, prediction: Prediction, request: Request) -> None:
+    if arguments.json:
+        print(json.dumps({"file": name, **prediction.to_dict(request.top)}), flush=request.window is not None)
+    elif request.window is not None:
+        best = ", ".join(f"{label} {value:.4f}" for label, _, value in prediction.top(request.top))
+        print(f"{name}  {prediction.start:9.2f} s to {prediction.end:9.2f} s  {best}", flush=True)
+    else:
+        print(f"{name}  ({prediction.end:.2f} s)")
+        width = max(len(label) for label, _, _ in prediction.top(request.top))
+        for label, _, value in prediction.top(request.top):
+            print(f"  {label:<{width}}  {value:.4f}  {'#' * round(40 * value)}".rstrip())
+        if prediction.embedding is not None:
+            print(f"  embedding  {' '.join(f'{value:.6g}' for value in prediction.embedding)}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from infer_tf.evaluation import evaluate, report_lines
+    from models_zoo.dataset import read_dataset
+
+    _check_outputs(arguments, arguments.plot)
+    dataset = read_dataset(arguments.data)
+    chosen = dataset.select(None if arguments.split == "all" else arguments.split)
+    with _classifier(arguments) as classifier:
+        report = evaluate(classifier, chosen)
+    if arguments.plot is not None:
+        from infer_tf.plot import plot_confusion
+
+        if report.confusion is None:
+            raise DataError("a recording has several labels, so there is no confusion matrix; leave out --plot")
+        plot_confusion(
+            arguments.plot,
+            report.confusion,
+            report.labels,
+            title=f"{classifier.card.name}, {arguments.split}: accuracy {report.measures['accuracy']:.3f}",
+            force=arguments.force,
+        )
+        print(f"wrote {arguments.plot}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"model": classifier.card.name, "split": arguments.split, **report.to_dict()}))
+    else:
+        print(f"{classifier.card.name} on {arguments.data} ({arguments.split}): {report.num_clips} recordings")
+        print("\n".join(report_lines(report)))
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from infer_tf.classifier import find_model
+    from infer_tf.session import OnnxSession
+    from models_zoo.cards import VERIFICATION_KEY
+
+    path = find_model(arguments.model)
+    session = OnnxSession(path, threads=1)
+    card = session.card
+    verification = json.loads(session.metadata.get(VERIFICATION_KEY, "null"))
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "file": str(path),
+                    "card": card.to_dict(),
+                    "legal_lengths": _legal_lengths(card),
+                    "inputs": {name: {"dtype": dtype, "axes": axes} for name, (dtype, axes) in session.inputs.items()},
+                    "outputs": {
+                        name: {"dtype": dtype, "axes": axes} for name, (dtype, axes) in session.outputs.items()
+                    },
+                    "verification": verification,
+                }
+            )
+        )
+        return 0
+    rows: list[tuple[str, str]] = [
+        ("file", str(path)),
+        ("model", f"{card.name} ({card.system}, {card.architecture})"),
+        ("task", card.task),
+        ("labels", _label_line(card)),
+        *((f"input {name}", f"{dtype} {_axes(axes)}") for name, (dtype, axes) in session.inputs.items()),
+        *((f"output {name}", f"{dtype} {_axes(axes)}") for name, (dtype, axes) in session.outputs.items()),
+        *_frontend_rows(card),
+        *((name.replace("_", " "), text) for name, text in _length_rows(card)),
+        *((f"metric {name}", f"{value:g}") for name, value in card.metrics.items()),
+        ("licence", card.license or "not stated"),
+        ("trained on", card.training_data or "not stated"),
+        ("verification", _verification_line(verification)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def _axes(axes: Sequence[int | str | None]) -> str:
+    return f"({', '.join(str(axis) for axis in axes)})"
+
+
+def _label_line(card: ModelCard) -> str:
+    if card.labels is None:
+        return "none"
+    shown = ", ".join(card.labels[:10])
+    return f"{len(card.labels)}: {shown}{', ...' if len(card.labels) > 10 else ''}"
+
+
+def _frontend_rows(card: ModelCard) -> list[tuple[str, str]]:
+    from models_zoo.presets import get_frontend, list_frontends
+
+    spec = card.frontend
+    if spec is None:
+        return [("front end", "none")]
+    preset = next((name for name in list_frontends() if get_frontend(name) == spec), "own")
+    windows = " + ".join(f"{window.shape} {window.win_length}" for window in spec.windows)
+    return [
+        (
+            "front end",
+            f"{preset}: {spec.sample_rate} Hz, {windows}, n_fft {spec.framing.n_fft}, hop {spec.framing.hop_length}",
+        ),
+        ("mel", f"{spec.mel.n_mels} bands, {spec.mel.f_min:g} to {spec.mel.f_max:g} Hz, {spec.mel.scale}"),
+        ("features", f"axes {spec.layout}"),
+    ]
+
+
+def _legal_lengths(card: ModelCard) -> dict[str, Any]:
+    policy = card.length_policy
+    if card.frontend is None:
+        return {}
+    rate = card.sample_rate
+    return {
+        "sample_rate": rate,
+        "min_samples": card.min_samples,
+        "min_seconds": card.min_samples / rate,
+        "max_samples": policy.max,
+        "max_seconds": None if policy.max is None else policy.max / rate,
+        "multiple_of": policy.multiple_of,
+        "short": policy.short,
+        "long": policy.long,
+        "uneven": policy.uneven,
+    }
+
+
+def _length_rows(card: ModelCard) -> list[tuple[str, str]]:
+    lengths = _legal_lengths(card)
+    if not lengths:
+        return []
+    rows = [
+        (
+            "shortest_clip",
+            f"{lengths['min_samples']} samples ({lengths['min_seconds']:.4f} s); shorter: {lengths['short']}",
+        )
+    ]
+    if lengths["max_samples"] is None:
+        rows.append(("longest_clip", "no limit"))
+    else:
+        rows.append(
+            (
+                "longest_clip",
+                f"{lengths['max_samples']} samples ({lengths['max_seconds']:.4f} s); longer: {lengths['long']}",
+            )
+        )
+    if lengths["multiple_of"] > 1:
+        rows.append(("multiple_of", f"{lengths['multiple_of']} samples; others: {lengths['uneven']}"))
+    return rows
+
+
+def _verification_line(verification: Any) -> str:
+    if not isinstance(verification, dict):
+        return "none recorded"
+    return ", ".join(f"{key} {value}" for key, value in verification.items() if not isinstance(value, (dict, list)))
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from fnmatch import fnmatch
+
+    from models_zoo.registry import get_card, list_models, list_shipped
+
+    pattern = arguments.pattern.lower()
+    rows: list[dict[str, Any]] = [
+        {"name": name, "shipped": True, "file": None, "mAP": None} for name in list_shipped() if fnmatch(name, pattern)
+    ]
+    for name in list_models(pattern):
+        card = get_card(name)
+        checkpoint = card.checkpoint
+        rows.append(
+            {
+                "name": name,
+                "shipped": False,
+                "file": None if checkpoint is None else checkpoint.file,
+                "mAP": card.metrics.get("mAP"),
+            }
+        )
+    if not rows:
+        known = [*list_shipped(), *list_models()]
+        raise DataError(f"no model matches {arguments.pattern!r}; there are {len(known)}, see crossfade models")
+    if arguments.json:
+        print("\n".join(json.dumps(row) for row in rows))
+        return 0
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        score = "" if row["mAP"] is None else f"mAP {row['mAP']:.3f}"
+        note = "ships; load it by name" if row["shipped"] else f"{row['file'] or '':<40}  {score}"
+        print(f"{row['name']:<{width}}  {note}".rstrip())
+    return 0
+
+
+def _export_frontend(arguments: argparse.Namespace) -> int:
+    from models_zoo.errors import CardError
+    from models_zoo.files import check_folder_writable, replacing_folder
+    from models_zoo.presets import get_frontend, list_frontends
+
+    check_folder_writable(arguments.output, force=arguments.force)
+    if arguments.source in list_frontends() and not os.path.exists(arguments.source):
+        spec = get_frontend(arguments.source)
+    else:
+        from infer_tf.classifier import find_model
+        from infer_tf.session import OnnxSession
+
+        card = OnnxSession(find_model(arguments.source), threads=1).card
+        if card.frontend is None:
+            raise CardError(f"model {card.name!r} has no front end to export", field="frontend")
+        spec = card.frontend
+    from infer_tf.backend import claim_tensorflow
+
+    claim_tensorflow()
+    from infer_tf.frontend import TFFrontend
+
+    with replacing_folder(arguments.output, force=arguments.force) as partial:
+        TFFrontend(spec).save(partial)
+        extra = partial / "assets.extra"
+        extra.mkdir()
+        (extra / "frontend.json").write_text(spec.to_json(indent=2) + "\n", encoding="utf-8")
+    print(
+        f"wrote {arguments.output}: waveform (batch, num_samples) float32 -> features ({spec.layout})", file=sys.stderr
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

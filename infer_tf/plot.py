@@ -1,0 +1,201 @@
+"""Pictures for people: what the model heard beside what it answered. The only place that needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models_zoo.errors import MissingDependencyError
+from models_zoo.files import replacing
+from models_zoo.filterbanks import mel_matrix
+from models_zoo.prediction import Prediction
+from models_zoo.specs import FrontendSpec
+
+if TYPE_CHECKING:
+    from infer_tf.frontend import TFFrontend
+
+__all__ = ["plot_confusion", "plot_prediction", "require_matplotlib", "spectrogram"]
+
+_BLOCK_SECONDS = 30.0
+_TICKS_HZ = (100, 250, 500, 1000, 2000, 4000, 8000, 16000)
+
+
+def require_matplotlib() -> Any:
+    """Return matplotlib's figure class.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise MissingDependencyError("a picture needs matplotlib; install crossfade[plot]") from None
+    return Figure
+
+
+def spectrogram(frontend: TFFrontend, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the features of ``(num_samples,)`` as a picture ``(n_mels, num_frames)`` float32.
+
+    Long recordings are analysed block by block. Of several windows the first is shown; overlapping patches are laid
+    end to end without their overlap.
+    """
+    spec = frontend.spec
+    block = max(round(_BLOCK_SECONDS * spec.sample_rate), spec.min_samples)
+    starts = range(0, max(len(waveform) - spec.min_samples, 0) + 1, block)
+    pictures = [_picture(frontend.features(waveform[None, start : start + block]), spec) for start in starts]
+    return np.concatenate(pictures, axis=1)
+
+
+def _picture(features: NDArray[np.float32], spec: FrontendSpec) -> NDArray[np.float32]:
+    axes = spec.layout.split(" ")
+    keep = np.asarray(features[tuple(0 if axis in ("b", "c", "1") else slice(None) for axis in axes)])
+    left = [axis for axis in axes if axis in ("p", "t", "m")]
+    keep = keep.transpose([left.index(axis) for axis in ("p", "t", "m") if axis in left])
+    if spec.patches is not None:
+        keep = keep[:, : spec.patches.hop].reshape(-1, spec.mel.n_mels)
+    return keep.T
+
+
+def _mel_ticks(spec: FrontendSpec) -> tuple[list[float], list[str]]:
+    """Return where round frequencies lie on the axis of mel bands, and how to write them."""
+    matrix = mel_matrix(spec.mel, spec.framing.n_fft, spec.sample_rate)
+    weight = matrix.sum(axis=0)
+    frequencies = np.arange(len(matrix)) * (spec.sample_rate / spec.framing.n_fft)
+    centres = (matrix * frequencies[:, None]).sum(axis=0)[weight > 0] / weight[weight > 0]
+    bands = np.flatnonzero(weight > 0)
+    ticks = [hz for hz in _TICKS_HZ if centres[0] <= hz <= centres[-1]]
+    positions = np.interp(ticks, centres, bands).tolist()
+    return positions, [f"{hz / 1000:g} kHz" if hz >= 1000 else f"{hz} Hz" for hz in ticks]
+
+
+def plot_prediction(
+    path: str | Path,
+    frontend: TFFrontend,
+    waveform: NDArray[np.float32],
+    predictions: Sequence[Prediction],
+    *,
+    title: str,
+    top: int = 5,
+    force: bool = False,
+) -> None:
+    """Write a picture of a clip's spectrogram with its scores.
+
+    One prediction gives bars of its most probable classes; several (windows of a recording) give a map of
+    probability over time.
+
+    Args:
+        path: where to; the suffix decides the format.
+        frontend: of the model; its features are what is shown.
+        waveform: ``(num_samples,)`` float32 at the front end's rate.
+        predictions: of the clip, or of its windows in order.
+        title: above the picture.
+        top: classes shown.
+        force: replace an existing file.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        OutputExistsError, OutputWriteError: the picture cannot be written.
+    """
+    figure = require_matplotlib()(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(title)
+    if len(predictions) == 1:
+        heard, answered = figure.subplots(1, 2, width_ratios=[2, 1])
+        _draw_bars(answered, predictions[0], top)
+    else:
+        figure.set_size_inches(11, 6.5)
+        heard, answered = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+        _draw_map(figure, answered, predictions, top)
+    _draw_spectrogram(figure, heard, frontend, waveform)
+    _save(figure, path, force)
+
+
+def _draw_spectrogram(figure: Any, axes: Any, frontend: TFFrontend, waveform: NDArray[np.float32]) -> None:
+    spec = frontend.spec
+    picture = spectrogram(frontend, waveform)
+    seconds = len(waveform) / spec.sample_rate
+    image = axes.imshow(
+        picture,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        cmap="magma",
+        extent=(0, seconds, -0.5, len(picture) - 0.5),
+    )
+    positions, names = _mel_ticks(spec)
+    axes.set_yticks(positions, names)
+    axes.set_xlabel("time (s)")
+    axes.set_title("log-mel spectrogram, as the model sees it", fontsize=10)
+    figure.colorbar(image, ax=axes, label="front end's units", pad=0.01)
+
+
+def _draw_bars(axes: Any, prediction: Prediction, top: int) -> None:
+    best = prediction.top(top)[::-1]
+    bars = axes.barh([_short(label) for label, _, _ in best], [value for _, _, value in best], color="#3b6ea5")
+    axes.bar_label(bars, labels=[f"{value:.3f}" for _, _, value in best], padding=3, fontsize=9)
+    axes.set_xlim(0, 1.18)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_xlabel("probability")
+    axes.set_title("scores", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_map(figure: Any, axes: Any, predictions: Sequence[Prediction], top: int) -> None:
+    scores = np.stack([prediction.probabilities for prediction in predictions])  # (windows, num_classes)
+    best = np.argsort(-scores.max(axis=0), kind="stable")[:top][::-1]
+    # Where windows overlap, each is drawn until the next one begins.
+    edges = [prediction.start for prediction in predictions] + [predictions[-1].end]
+    image = axes.pcolormesh(edges, np.arange(len(best) + 1) - 0.5, scores[:, best].T, cmap="viridis", vmin=0, vmax=1)
+    axes.set_yticks(range(len(best)), [_short(predictions[0].labels[index]) for index in best])
+    axes.set_xlabel("time (s)")
+    axes.set_title("probability per window, drawn from its beginning", fontsize=10)
+    figure.colorbar(image, ax=axes, label="probability", pad=0.01)
+
+
+def _short(label: str, limit: int = 28) -> str:
+    # A dollar sign would start a formula.
+    text = label if len(label) <= limit else label[: limit - 1] + "…"
+    return text.replace("$", r"\$")
+
+
+def plot_confusion(
+    path: str | Path, matrix: NDArray[np.int64], labels: Sequence[str], *, title: str, force: bool = False
+) -> None:
+    """Write a picture of a confusion matrix.
+
+    Args:
+        path: where to; the suffix decides the format.
+        matrix: ``(num_classes, num_classes)`` counts; rows are the truth, columns the answer.
+        labels: class names.
+        title: above the picture.
+        force: replace an existing file.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        OutputExistsError, OutputWriteError: the picture cannot be written.
+    """
+    size = min(max(4.0, 1.8 + 0.42 * len(labels)), 24.0)
+    figure = require_matplotlib()(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    names = [_short(label, 20) for label in labels]
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("answer")
+    axes.set_ylabel("truth")
+    axes.set_title(title, fontsize=10)
+    if len(labels) <= 30:
+        for row, column in np.argwhere(matrix > 0):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, ax=axes, label="share of the truth", pad=0.01)
+    _save(figure, path, force)
+
+
+def _save(figure: Any, path: str | Path, force: bool) -> None:
+    with replacing(path, force=force) as partial:
+        figure.savefig(partial, dpi=150)
