@@ -21,7 +21,7 @@ import soundfile
 import soxr
 from numpy.typing import ArrayLike, NDArray
 
-from models_zoo.containers import inspect_container, is_cut_flac
+from models_zoo.containers import Container, inspect_container, is_cut_flac
 from models_zoo.errors import AudioDecodeError, WaveformError
 from models_zoo.specs import FrontendSpec
 
@@ -86,7 +86,8 @@ def load_audio(source: AudioSource, spec: FrontendSpec, *, max_seconds: float = 
 
     Raises:
         AudioDecodeError: with ``code`` ``not_found``, ``not_readable``, ``type``, ``empty``, ``no_samples``,
-            ``not_audio``, ``corrupt``, ``truncated``, ``sample_rate``, ``channels``, ``too_long`` or ``non_finite``.
+            ``not_audio``, ``unsupported``, ``corrupt``, ``truncated``, ``sample_rate``, ``channels``, ``too_long`` or
+            ``non_finite``.
     """
     _check_seconds("max_seconds", max_seconds)
     return np.concatenate(list(_decode(source, spec, max_seconds)))
@@ -205,7 +206,7 @@ def _blocks(recording: _Recording) -> Iterator[NDArray[np.float32]]:
         try:
             block = file.read(max(1, _BLOCK_VALUES // file.channels), dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, OSError) as error:
-            if file.format == "FLAC" and is_cut_flac(recording.stream):
+            if file.format == "FLAC" and is_cut_flac(recording.stream, recording.expected):
                 raise _cut_short(name, recording.expected, count) from error
             raise AudioDecodeError(
                 f"{name}: the recording is damaged after {count} samples ({_reason(error)}); get an undamaged copy",
@@ -260,16 +261,17 @@ def _opened(source: AudioSource) -> Iterator[_Recording]:
         try:
             container = inspect_container(stream)
             stream.seek(0)
+            whole = io.BufferedReader(_Spliced(container, stream)) if container.head else stream
         except AudioDecodeError as error:
             raise AudioDecodeError(f"{name}: {error}", code=error.code) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise _not_readable(name, error) from error
         if container.sample_rate is not None and container.channels is not None:
             _check_layout(name, container.sample_rate, container.channels)
         try:
-            file = stack.enter_context(soundfile.SoundFile(stream))
+            file = stack.enter_context(soundfile.SoundFile(whole))
         except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, OSError) as error:
-            if container.format == "FLAC" and is_cut_flac(stream):
+            if container.format == "FLAC" and is_cut_flac(stream, container.num_samples or 0):
                 raise _cut_short(name, container.num_samples, 0) from error
             raise AudioDecodeError(
                 f"{name}: looks like {container.format} but cannot be opened ({_reason(error)}); "
@@ -281,6 +283,37 @@ def _opened(source: AudioSource) -> Iterator[_Recording]:
             raise _no_samples(name)
         stated = file.frames if file.frames < _UNKNOWN_FRAMES else 0
         yield _Recording(file, stream, name, max(stated, container.num_samples or 0))
+
+
+class _Spliced(io.RawIOBase):
+    """A file whose first bytes are replaced by ``container.head``, for reading."""
+
+    def __init__(self, container: Container, stream: BinaryIO) -> None:
+        super().__init__()
+        self._head, self._shift = container.head, container.head_length - len(container.head)
+        self._stream = stream
+        self._size = stream.seek(0, 2) - self._shift
+        self._offset = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._offset = max(0, (0, self._offset, self._size)[whence] + offset)
+        return self._offset
+
+    def readinto(self, buffer: Any) -> int:
+        if self._offset < len(self._head):
+            data = self._head[self._offset : self._offset + len(buffer)]
+        else:
+            self._stream.seek(self._offset + self._shift)
+            data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self._offset += len(data)
+        return len(data)
 
 
 def _as_stream(source: AudioSource, stack: ExitStack) -> tuple[BinaryIO, str]:

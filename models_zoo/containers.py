@@ -4,17 +4,24 @@ libsndfile opens WAV, MP3 and Ogg files that were cut short without complaint an
 declared one. So the sizes a container states are compared with the bytes that are there, before anything is decoded:
 
 ==========  ========================================================================================================
-WAV, W64    chunk sizes of RIFF, RIFX, RF64, BW64 and Wave64. A ``data`` size of 0 or 0xFFFFFFFF (or SoX's 0x7FFFF000)
-            is what a program writing into a pipe leaves behind; such a file is read to its end and a cut in it
-            cannot be told. Only the ``data`` chunk must be whole; sizes of RIFF itself and of chunks after it may lie.
+WAV, W64    chunk sizes of RIFF, RIFX, RF64 and Wave64. A ``data`` size of 0 or 0xFFFFFFFF (or SoX's 0x7FFFF000) is what
+            a program writing into a pipe leaves behind; such a file is read to its end. *Limit:* a cut in it cannot be
+            told. Only the ``data`` chunk must be whole; sizes of RIFF itself and of chunks after it may lie.
 AIFF, CAF   chunk sizes; CAF's -1 means "to the end of the file".
 AU          its data size; 0xFFFFFFFF means "to the end of the file".
-FLAC        the number of samples in STREAMINFO, compared with what is decoded (0 there: unknown).
-Ogg         every page's checksum and number; the last page of each stream must be flagged as its end.
-MP3         frames are followed to the end of the file: the last must be whole, and there must be as many frames and
-            bytes as the Xing, Info or VBRI header states. *Limit:* an MP3 without such a header that was cut exactly
-            between two frames is, by itself, a valid shorter MP3; nothing can tell.
+FLAC        the number of samples in STREAMINFO, compared with what is decoded. Where it is 0 (written into a pipe), the
+            last frame, whose checksum must be right, tells. *Limit:* such a file cut exactly between two frames.
+Ogg         every page's checksum and number; the last page of each stream must be flagged as its end. Several
+            recordings joined into one file are refused, as only the first would be decoded.
+MP3         frames are followed to the end of the file: none may be missing between them, the last must be whole, and
+            there must be as many frames and bytes as the Xing, Info or VBRI header states. *Limits:* an MP3 without
+            such a header that was cut exactly between two frames is, by itself, a valid shorter MP3, and nothing can
+            tell; nor is damage inside a whole frame found, as MP3 has no checksum. Layers I and II and free-format
+            bitrates are not read.
 ==========  ========================================================================================================
+
+Where a header leaves out a length that libsndfile needs (it guesses that of an MP3 by the bitrate of its first frame
+and drops the rest), ``Container.head`` holds a header that states it.
 
 Source: Microsoft RIFF and EBU Tech 3306 (RF64), Apple AIFF-C and CAF 1.0, RFC 3533 (Ogg), RFC 7845 (Opus), RFC 9639
 (FLAC), ISO 11172-3 with the Xing/LAME and Fraunhofer VBRI headers as encoders write them.
@@ -52,26 +59,31 @@ class Container:
         sample_rate: Hz, or None where only the decoder knows.
         channels: their number, or None where only the decoder knows.
         num_samples: samples per channel the file must hold at least, or None where it does not say.
+        head: bytes a decoder should be given in place of the first :attr:`head_length` of the file.
+        head_length: how many bytes of the file ``head`` replaces.
     """
 
     format: str
     sample_rate: int | None = None
     channels: int | None = None
     num_samples: int | None = None
+    head: bytes = b""
+    head_length: int = 0
 
 
 def inspect_container(stream: BinaryIO) -> Container:
     """Return what the recording in ``stream`` (seekable, read from its beginning) states, once it is known to be whole.
 
     Raises:
-        AudioDecodeError: ``empty``, ``not_audio``, ``truncated``, ``corrupt``; the message has no file name.
+        AudioDecodeError: ``empty``, ``not_audio``, ``truncated``, ``corrupt``, ``unsupported``; the message has no
+            file name.
     """
     size = stream.seek(0, 2)
     if size == 0:
         raise AudioDecodeError("the file is empty (0 bytes)", code="empty")
     start = _after_id3(stream, 0)
     magic = _read_at(stream, start, 16)
-    if magic[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and (magic[8:12] == b"WAVE" or len(magic) < 12):
+    if magic[:4] in (b"RIFF", b"RIFX", b"RF64") and (magic[8:12] == b"WAVE" or len(magic) < 12):
         return _inspect_wav(stream, start, size)
     if magic == _W64_RIFF:
         return _inspect_w64(stream, start, size)
@@ -82,7 +94,7 @@ def inspect_container(stream: BinaryIO) -> Container:
     if magic[:4] == b"caff":
         return _inspect_caf(stream, start, size)
     if magic[:4] == b"fLaC":
-        return _inspect_flac(stream, start)
+        return _inspect_flac(stream, start, size)
     if magic[:4] == b"OggS":
         return _inspect_ogg(stream, start, size)
     if start > 0 or _Mp3Header.parse(magic[:4]) is not None:
@@ -104,7 +116,7 @@ def _corrupt(what: str) -> AudioDecodeError:
 
 def _read_at(stream: BinaryIO, offset: int, count: int) -> bytes:
     """Return up to ``count`` bytes at ``offset``; fewer at the end of the file."""
-    stream.seek(offset)
+    stream.seek(min(offset, 1 << 62))  # A 64-bit size in a damaged header may lead further than seek can express.
     return stream.read(count)
 
 
@@ -156,7 +168,7 @@ def _wave_format(stream: BinaryIO, offset: int, length: int, order: str) -> tupl
 def _inspect_wav(stream: BinaryIO, start: int, size: int) -> Container:
     magic = _read_at(stream, start, 4)
     order = ">" if magic == b"RIFX" else "<"
-    wide = magic in (b"RF64", b"BW64")
+    wide = magic == b"RF64"
     stated_wide: int | None = None
     layout: tuple[int, int, int | None] | None = None
     for name, offset, length in _chunks(stream, start + 12, size, order):
@@ -170,12 +182,16 @@ def _inspect_wav(stream: BinaryIO, start: int, size: int) -> Container:
             rate, channels, block = layout
             stated = stated_wide if wide and length == 0xFFFFFFFF and stated_wide is not None else length
             held = size - offset
+            head = b""
             if stated in _PIPED_SIZES:
-                if stated == 0 and _is_chunk_list(stream, offset, size, order):
-                    held = 0
-                stated = held
+                if stated > 0:
+                    stated = held
+                elif not _is_chunk_list(stream, offset, size, order):
+                    stated = held
+                    head = _read_at(stream, 0, offset - 4) + struct.pack(order + "I", min(held, 0xFFFFFFFF))
             _check_data(held, stated)
-            return Container("RF64" if wide else "WAV", rate, channels, stated // block if block else None)
+            samples = stated // block if block else None
+            return Container("RF64" if wide else "WAV", rate, channels, samples, head, len(head))
     raise _truncated("it ends before its samples")
 
 
@@ -253,36 +269,48 @@ def _inspect_caf(stream: BinaryIO, start: int, size: int) -> Container:
     raise _corrupt(f"more than {_MAX_CHUNKS} chunks")
 
 
-def _inspect_flac(stream: BinaryIO, start: int) -> Container:
-    kind, *_ = _fields(">B3x", stream, start + 4, "its header")
-    if kind & 0x7F != 0:
+def _inspect_flac(stream: BinaryIO, start: int, size: int) -> Container:
+    head = _read_at(stream, start, 26)
+    if len(head) < 26:
+        raise _truncated("it ends inside its STREAMINFO")
+    if head[4] & 0x7F != 0:
         raise _corrupt("its first block is not STREAMINFO")
-    packed, _ = _fields(">10xQQ", stream, start + 8, "its STREAMINFO")
-    total = packed & (1 << 36) - 1
-    return Container("FLAC", packed >> 44, (packed >> 41 & 7) + 1, total or None)
+    packed = int.from_bytes(head[18:26])
+    rate, channels, total = packed >> 44, (packed >> 41 & 7) + 1, packed & _FLAC_TOTAL
+    if total:
+        return Container("FLAC", rate, channels, total)
+    end, whole = _last_flac_frame(stream, start, size)
+    if not whole:
+        raise _truncated("its last frame is incomplete")
+    return Container("FLAC", rate, channels, end, head[:18] + (packed | end).to_bytes(8), start + 26)
 
 
-def is_cut_flac(stream: BinaryIO) -> bool:
-    """Whether a FLAC that does not decode ends before or inside its last frame, rather than being damaged within.
+_FLAC_TOTAL = (1 << 36) - 1
+_FLAC_REACH = 1 << 18
 
-    Looks for the last frame header near the end of the file: it must be that of the last samples, and the checksum
-    of the bytes from there to the end must be right.
+
+def is_cut_flac(stream: BinaryIO, total: int) -> bool:
+    """Whether a FLAC that does not decode ends before its last frame or inside it, rather than being damaged within.
+
+    Args:
+        stream: the file.
+        total: number of samples per channel it states.
     """
-    size = stream.seek(0, 2)
-    start = _after_id3(stream, 0)
-    header = _read_at(stream, start + 8, 18)
-    if len(header) < 18:
-        return True
-    block_size, frame_size = int.from_bytes(header[2:4]), int.from_bytes(header[7:10])
-    total = int.from_bytes(header[10:18]) & (1 << 36) - 1
-    reach = min(size - start, 2 * (frame_size or 1 << 17))
+    end, whole = _last_flac_frame(stream, _after_id3(stream, 0), stream.seek(0, 2))
+    return end < total or not whole
+
+
+def _last_flac_frame(stream: BinaryIO, start: int, size: int) -> tuple[int, bool]:
+    """Return the number of the first sample after the last frame that begins, and whether it ends at the file's end."""
+    block_size = int.from_bytes(_read_at(stream, start + 10, 2))
+    reach = min(size - start, _FLAC_REACH)
     tail = _read_at(stream, size - reach, reach)
     place = len(tail)
     while (place := tail.rfind(b"\xff", 0, place)) >= 0:
         end = _flac_frame_end(tail[place : place + 16], block_size)
-        if end is not None and end <= total:
-            return end < total or _crc(tail[place:], 0x8005, 16) != 0
-    return True
+        if end is not None:
+            return end, _crc(tail[place:], 0x8005, 16) == 0
+    return 0, False
 
 
 def _flac_frame_end(header: bytes, block_size: int) -> int | None:
@@ -290,7 +318,7 @@ def _flac_frame_end(header: bytes, block_size: int) -> int | None:
     if len(header) < 6 or header[1] & 0xFE != 0xF8 or header[2] >> 4 == 0:
         return None
     more = 0 if header[4] < 0x80 else 7 - (header[4] ^ 0xFF).bit_length()
-    number = header[4] if not more else header[4] & (0x3F >> more)
+    number = header[4] & (0x3F >> more) if more else header[4]
     for byte in header[5 : 5 + more]:
         number = number << 6 | byte & 0x3F
     offset = 5 + more
@@ -303,6 +331,7 @@ def _flac_frame_end(header: bytes, block_size: int) -> int | None:
     offset += extra + {12: 1, 13: 2, 14: 2}.get(header[2] & 0xF, 0)
     if len(header) <= offset or _crc(header[: offset + 1], 0x07, 8) != 0:
         return None
+    # Frames of a fixed size (but for the last) are numbered, others state their first sample.
     return (number if header[1] & 1 else number * block_size) + length
 
 
@@ -330,6 +359,7 @@ def _inspect_ogg(stream: BinaryIO, start: int, size: int) -> Container:
     offset = start
     pages: dict[int, int] = {}
     open_streams: set[int] = set()
+    in_headers = True
     found = Container("Ogg")
     while offset < size:
         header = _read_at(stream, offset, 27)
@@ -347,6 +377,13 @@ def _inspect_ogg(stream: BinaryIO, start: int, size: int) -> Container:
             raise _corrupt(f"the checksum of its page at byte {offset} is wrong")
         if number != pages.get(serial, number - 1) + 1 and not flags & 2:
             raise _corrupt(f"pages are missing before byte {offset}")
+        in_headers = in_headers and bool(flags & 2)
+        if flags & 2 and not in_headers:
+            raise AudioDecodeError(
+                f"several Ogg recordings are joined, the second from byte {offset}; only the first would be read: "
+                "split the file",
+                code="unsupported",
+            )
         if not pages and page[27 + len(lacing) :][:7] == b"\x01vorbis":
             channels, rate = _fields("<BI", stream, offset + 27 + len(lacing) + 11, "its header")
             found = Container("Ogg", rate, channels)
@@ -360,10 +397,9 @@ def _inspect_ogg(stream: BinaryIO, start: int, size: int) -> Container:
 
 @dataclass(frozen=True)
 class _Mp3Header:
-    """A frame header of MPEG 1, 2 or 2.5, layer I, II or III."""
+    """A frame header of layer III: MPEG ``version`` bits (3: 1, 2: 2, 0: 2.5), and what follows from the rest."""
 
     version: int
-    layer: int
     sample_rate: int
     channels: int
     length: int
@@ -371,35 +407,38 @@ class _Mp3Header:
     @classmethod
     def parse(cls, data: bytes) -> _Mp3Header | None:
         """Return the header in the first four bytes; None where there is none or the bitrate is free."""
-        if len(data) < 4 or data[0] != 0xFF or data[1] & 0xE0 != 0xE0:
+        if len(data) < 4 or data[0] != 0xFF or data[1] & 0xE6 != 0xE2:
             return None
-        version, layer = data[1] >> 3 & 3, 4 - (data[1] >> 1 & 3)
-        bitrate, rate = data[2] >> 4, data[2] >> 2 & 3
-        if version == 1 or layer == 4 or bitrate in (0, 15) or rate == 3:
+        version, bitrate, rate = data[1] >> 3 & 3, data[2] >> 4, data[2] >> 2 & 3
+        if version == 1 or bitrate in (0, 15) or rate == 3:
             return None
         sample_rate = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
-        bits = 1000 * _MP3_KBITS[(1 if version == 3 else 2, layer)][bitrate - 1]
-        padding = data[2] >> 1 & 1
-        if layer == 1:
-            length = (12 * bits // sample_rate + padding) * 4
-        else:
-            length = (72 if layer == 3 and version != 3 else 144) * bits // sample_rate + padding
-        return cls(version, layer, sample_rate, 1 if data[3] >> 6 == 3 else 2, length)
+        bits = 1000 * _MP3_KBITS[version == 3][bitrate - 1]
+        length = (144 if version == 3 else 72) * bits // sample_rate + (data[2] >> 1 & 1)
+        return cls(version, sample_rate, 1 if data[3] >> 6 == 3 else 2, length)
+
+    @property
+    def samples(self) -> int:
+        """Samples per channel in a frame."""
+        return 1152 if self.version == 3 else 576
+
+    @property
+    def side_length(self) -> int:
+        """Bytes of side information, behind which a Xing header stands."""
+        return {(True, 2): 32, (True, 1): 17, (False, 2): 17, (False, 1): 9}[self.version == 3, self.channels]
 
     def continues(self, other: _Mp3Header) -> bool:
         """Whether this frame can belong to the stream of ``other``."""
-        return (self.version, self.layer, self.sample_rate) == (other.version, other.layer, other.sample_rate)
+        return (self.version, self.sample_rate) == (other.version, other.sample_rate)
 
 
 _MP3_KBITS = {
-    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
-    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
-    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-    (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    True: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-_MP3_TRAILERS = (b"TAG", b"APE", b"LYR", b"ID3", b"3DI")
+_MP3_DECODER_DELAY = 529
+"""Samples every decoder of layer III is late; mpg123 leaves them out at the beginning."""
+_MP3_TAGS = (b"TAG", b"APE", b"LYR", b"ID3", b"3DI")
 
 
 def _inspect_mp3(stream: BinaryIO, start: int, size: int) -> Container:
@@ -428,20 +467,24 @@ def _inspect_mp3(stream: BinaryIO, start: int, size: int) -> Container:
             continue
         if 0 < len(following) < 4 and following[0] == 0xFF:
             raise _truncated("it ends inside a frame header")
-        if len(following) < 4 or following.startswith(_MP3_TRAILERS):
-            break
         resumed = _next_frame(stream, offset, size, first)
         if resumed is None:
             break
-        offset, header = resumed
-    if frames == 1 and offset < size and not _read_at(stream, offset, 3).startswith(_MP3_TRAILERS):
+        if following.strip(b"\0") and not following.startswith(_MP3_TAGS):
+            raise _corrupt(f"{resumed[0] - offset} bytes from byte {offset} are no MPEG frame")
+        offset, header = resumed  # Behind a tag or padding, as where files were joined.
+    if frames == 1 and offset < size and not _read_at(stream, offset, 3).startswith(_MP3_TAGS):
         raise AudioDecodeError("not an audio file: one MPEG frame header and no second one", code="not_audio")
     if stated_bytes is not None:
         _check_data(stream.seek(0, 2) - first_offset, stated_bytes, "bytes")
     if stated_frames is not None:
         # The header frame itself is counted by some encoders; where bytes are stated they have settled that frame.
         _check_data(frames - 1, stated_frames - (1 if stated_bytes is not None else 0), "frames")
-    return Container("MP3", first.sample_rate, first.channels)
+    if stated_frames == frames - 1:
+        return Container("MP3", first.sample_rate, first.channels)
+    head = _xing_frame(_read_at(stream, first_offset, 4), first, frames)
+    decoded = max(0, frames * first.samples - _MP3_DECODER_DELAY)
+    return Container("MP3", first.sample_rate, first.channels, decoded, head, first_offset)
 
 
 def _next_frame(stream: BinaryIO, offset: int, size: int, like: _Mp3Header | None) -> tuple[int, _Mp3Header] | None:
@@ -458,10 +501,17 @@ def _next_frame(stream: BinaryIO, offset: int, size: int, like: _Mp3Header | Non
     return None
 
 
+def _xing_frame(like: bytes, header: _Mp3Header, frames: int) -> bytes:
+    """Return a silent frame that states the number of ``frames`` after it, at 64 (MPEG 1) or 40 kbit/s."""
+    start = bytes((0xFF, like[1] | 1, 0x50 | like[2] & 0x0C, like[3]))
+    parsed = _Mp3Header.parse(start)
+    length = parsed.length if parsed is not None else 0
+    return (start + bytes(header.side_length) + b"Xing" + struct.pack(">II", 1, frames)).ljust(length, b"\0")
+
+
 def _mp3_counts(frame: bytes, header: _Mp3Header) -> tuple[int | None, int | None]:
     """Return (frames, bytes) that the Xing, Info or VBRI header in the first frame states, None where it does not."""
-    side = {(True, 2): 32, (True, 1): 17, (False, 2): 17, (False, 1): 9}[header.version == 3, header.channels]
-    for place in (4 + side, 6 + side):
+    for place in (4 + header.side_length, 6 + header.side_length):
         if frame[place : place + 4] in (b"Xing", b"Info") and len(frame) >= place + 16:
             flags, *counts = struct.unpack(">3I", frame[place + 4 : place + 16])
             stated_frames = counts.pop(0) if flags & 1 else None

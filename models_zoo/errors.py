@@ -101,7 +101,7 @@ class AudioDecodeError(_CodedError):
     """A recording could not be turned into a waveform.
 
     ``code`` is one of ``type``, ``not_found``, ``not_readable``, ``empty``, ``no_samples``, ``not_audio``,
-    ``corrupt``, ``truncated``, ``sample_rate``, ``channels``, ``too_long``, ``non_finite``.
+    ``unsupported``, ``corrupt``, ``truncated``, ``sample_rate``, ``channels``, ``too_long``, ``non_finite``.
     """
 
 
