@@ -246,9 +246,11 @@ def _normalise(y: Any, statistics: Statistics) -> Any:
         span = tf.reduce_max(y, axis=axes, keepdims=True) - low
         # Not "span + eps": the graph optimiser reassociates that sum and silence becomes 0 / 0.
         return (y - low) / tf.maximum(span, statistics.eps)
-    centred = y - tf.reduce_mean(y, axis=axes, keepdims=True)
     if statistics.kind == "mean":
-        return centred
+        return y - tf.reduce_mean(y, axis=axes, keepdims=True)
+    # Relative to its first value a constant row (silence) is exactly 0, not rounding noise divided by eps.
+    y = y - (y[:, :, :1, :1] if statistics.over == "mel_time" else y[:, :, :1])
+    centred = y - tf.reduce_mean(y, axis=axes, keepdims=True)
     count = tf.cast(tf.reduce_prod(tf.gather(tf.shape(y), axes)) - statistics.ddof, y.dtype)
     variance = tf.reduce_sum(tf.square(centred), axis=axes, keepdims=True) / count
     return centred / (tf.sqrt(variance) + statistics.eps)

@@ -146,9 +146,11 @@ class ReferenceFrontend:
         if statistics.kind == "min_max":
             low = y.min(axis=axes, keepdims=True)
             return (y - low) / np.maximum(y.max(axis=axes, keepdims=True) - low, eps)
-        centred = y - y.mean(axis=axes, keepdims=True)
         if statistics.kind == "mean":
-            return centred
+            return y - y.mean(axis=axes, keepdims=True)
+        # Relative to its first value a constant row (silence) is exactly 0, not rounding noise divided by eps.
+        y = y - y[tuple(slice(1) if axis in axes else slice(None) for axis in range(4))]
+        centred = y - y.mean(axis=axes, keepdims=True)
         return centred / (y.std(axis=axes, keepdims=True, ddof=statistics.ddof) + eps)
 
     def arrange(self, y: _Array) -> _Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 
 from models_zoo.reference import ReferenceFrontend
 from models_zoo.specs import FrontendSpec
-from parity_tests.tolerances import FeatureLimit
+from parity_tests.tolerances import FILLER, FeatureLimit
 
 _Array = NDArray[np.floating[Any]]
+
+PARTS = ("within_60", "within_100", "mean", "mean_60")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class FeatureDifference:
         within_60: largest difference on bins within 60 dB of the largest mel value of their frame.
         within_100: the same within 100 dB.
         mean: mean difference over bins above the floor, filler excluded.
+        mean_60: mean difference over bins within 60 dB.
         filler: largest difference on filled frames, 0 where there are none.
         finite: both arrays are finite everywhere.
     """
@@ -31,19 +35,20 @@ class FeatureDifference:
     within_60: float
     within_100: float
     mean: float
+    mean_60: float
     filler: float
     finite: bool
 
+    def of_limit(self, limit: FeatureLimit) -> dict[str, float]:
+        """Return part -> measured / allowed; more than 1 is broken, infinite where a value is not finite."""
+        if not self.finite:
+            return {"finite": math.inf}
+        ratios = {name: getattr(self, name) / getattr(limit, name) for name in PARTS}
+        return {**ratios, "filler": self.filler / FILLER}
+
     def exceeds(self, limit: FeatureLimit) -> list[str]:
         """Return the parts of ``limit`` that are broken, in words."""
-        broken = [
-            f"{name} {getattr(self, name):.2e} > {getattr(limit, name):.0e}"
-            for name in ("within_60", "within_100", "mean")
-            if not getattr(self, name) <= getattr(limit, name)
-        ]
-        if not self.filler <= 1e-6:
-            broken.append(f"filler {self.filler:.2e} > 1e-06")
-        return broken if self.finite else ["not finite", *broken]
+        return [f"{part} {getattr(self, part)}" for part, ratio in self.of_limit(limit).items() if not ratio <= 1]
 
 
 def mel_levels(spec: FrontendSpec, waveform: _Array) -> tuple[_Array, _Array]:
@@ -98,11 +103,14 @@ def compare_features(
     def largest(mask: NDArray[np.bool_]) -> float:
         return float(difference[mask].max(initial=0.0))
 
-    counted = ~filler & (above > 0)
+    def average(mask: NDArray[np.bool_]) -> float:
+        return float(difference[mask].mean()) if mask.any() else 0.0
+
     return FeatureDifference(
         within_60=largest(~filler & (level >= -60)),
         within_100=largest(~filler & (level >= -100)),
-        mean=float(difference[counted].mean()) if counted.any() else 0.0,
+        mean=average(~filler & (above > 0)),
+        mean_60=average(~filler & (level >= -60)),
         filler=largest(filler),
         finite=bool(np.isfinite(expected).all() and np.isfinite(actual).all()),
     )

@@ -274,7 +274,9 @@ def _normalise(y: Tensor, statistics: Statistics) -> Tensor:
     if statistics.kind == "min_max":
         low = y.amin(dim=dims, keepdim=True)
         return (y - low) / (y.amax(dim=dims, keepdim=True) - low).clamp(min=statistics.eps)
-    centred = y - y.mean(dim=dims, keepdim=True)
     if statistics.kind == "mean":
-        return centred
+        return y - y.mean(dim=dims, keepdim=True)
+    # Relative to its first value a constant row (silence) is exactly 0, not rounding noise divided by eps.
+    y = y - (y[:, :, :1, :1] if statistics.over == "mel_time" else y[:, :, :1])
+    centred = y - y.mean(dim=dims, keepdim=True)
     return centred / (y.std(dim=dims, keepdim=True, correction=statistics.ddof) + statistics.eps)

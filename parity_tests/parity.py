@@ -1,0 +1,395 @@
+"""Parity of one model, seam by seam: the torch path of a checkpoint against the TensorFlow + ONNX path of its export.
+
+Both start from the file. The report names the first stage that departs and the clips concerned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from infer_tf import TFAudioClassifier
+from models_zoo.audio import load_audio
+from models_zoo.cards import ModelCard
+from models_zoo.dataset import read_dataset
+from models_zoo.decoding import decode, legal_segments
+from models_zoo.errors import AudioClassifierError
+from models_zoo.filterbanks import analysis_tables
+from models_zoo.prediction import Prediction
+from models_zoo.specs import STAGES, FrontendSpec
+from parity_tests import tolerances
+from parity_tests.feature_rule import FeatureDifference, compare_features, mel_levels
+from parity_tests.tolerances import FeatureLimit
+from train_torch.checkpoint import load_checkpoint
+from train_torch.frontend import TorchFrontend
+
+__all__ = ["ParityReport", "StageReport", "TorchPath", "compare_stages", "run_parity"]
+
+_Array = NDArray[np.floating[Any]]
+
+SIGNAL_STAGES = ("samples", "preemphasis", "padded", "frames", "windowed")
+POWER_STAGES = ("spectrum", "mel")
+LOG_STAGES = ("log", "clamp")
+
+
+@dataclass
+class StageReport:
+    """What was seen at one seam over all clips.
+
+    Attributes:
+        stage: its name.
+        worst: largest measured difference, as a multiple of its limit; more than 1 has failed.
+        detail: the measured values of the worst clip, with their limits.
+        clips: names of the clips that failed, in order.
+    """
+
+    stage: str
+    worst: float = 0.0
+    detail: str = ""
+    clips: list[str] = field(default_factory=list)
+
+    def add(self, clip: str, ratio: float, detail: str) -> None:
+        """Take in one clip's difference, ``ratio`` being difference / limit."""
+        if not ratio <= 1:
+            self.clips.append(clip)
+        if not ratio <= self.worst or not self.detail:
+            self.worst, self.detail = ratio, detail
+
+
+@dataclass
+class ParityReport:
+    """The result of :func:`run_parity`.
+
+    Attributes:
+        stages: one report per seam, in the order of processing.
+        num_clips: clips compared.
+        changed: (clip, torch decision, production decision) where they differ.
+        accuracy: (torch, production) share of right decisions, None without labels or for other tasks.
+        unreadable: clips that neither path could read, with the reason.
+    """
+
+    stages: list[StageReport]
+    num_clips: int
+    changed: list[tuple[str, str, str]]
+    accuracy: tuple[float, float] | None
+    unreadable: list[tuple[str, str]]
+
+    @property
+    def first_failure(self) -> StageReport | None:
+        """The first seam that departs, or None."""
+        return next((stage for stage in self.stages if stage.clips), None)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every seam agrees on every clip, and every clip could be read."""
+        return self.first_failure is None and not self.unreadable and self.num_clips > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        failure = self.first_failure
+        return {
+            "passed": self.passed,
+            "num_clips": self.num_clips,
+            "first_failure": failure.stage if failure else None,
+            "changed_decisions": [dict(zip(("clip", "torch", "production"), row, strict=True)) for row in self.changed],
+            "accuracy": None
+            if self.accuracy is None
+            else dict(zip(("torch", "production"), self.accuracy, strict=True)),
+            "unreadable": [dict(zip(("clip", "reason"), row, strict=True)) for row in self.unreadable],
+            "stages": [vars(stage) for stage in self.stages],
+        }
+
+    def __str__(self) -> str:
+        """The summary a person reads: a line per seam, then decisions and the verdict."""
+        lines = [f"{'stage':<14} {'of limit':>9}  worst clip"]
+        for stage in self.stages:
+            mark = f"  FAILED on {len(stage.clips)}" if stage.clips else ""
+            lines.append(f"{stage.stage:<14} {stage.worst:>9.3f}  {stage.detail}{mark}")
+        lines.append(f"{self.num_clips} clips, {len(self.changed)} changed decisions")
+        if self.accuracy is not None:
+            lines.append(f"accuracy: torch {self.accuracy[0]:.4f}, production {self.accuracy[1]:.4f}")
+        lines += [
+            f"  changed: {clip}: torch {torch_says}, production {tf_says}"
+            for clip, torch_says, tf_says in self.changed[:10]
+        ]
+        lines += [f"  unreadable: {clip}: {reason}" for clip, reason in self.unreadable[:10]]
+        failure = self.first_failure
+        if failure is not None:
+            named = ", ".join(failure.clips[:5]) + (", ..." if len(failure.clips) > 5 else "")
+            lines.append(f"PARITY FAILED at stage '{failure.stage}' ({failure.detail}) on {named}")
+        else:
+            lines.append("PARITY PASSED" if self.passed else "PARITY FAILED: nothing to compare, or unreadable clips")
+        return "\n".join(lines)
+
+
+class TorchPath:
+    """The research side: checkpoint -> TorchFrontend -> module, with the card's own length policy and activation."""
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        loaded = load_checkpoint(checkpoint)
+        self.card: ModelCard = loaded.card
+        self.spec = _frontend_of(loaded.card)
+        self.model = loaded.model.eval()
+        self.frontend = TorchFrontend(self.spec).eval()
+
+    def outputs(self, waveform: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Return the module's outputs by name for the legal segments of ``(num_samples,)``."""
+        with torch.no_grad():
+            features = self.frontend(torch.from_numpy(legal_segments(waveform, self.card)))
+            return {name: value.numpy() for name, value in self.model(features=features).items()}
+
+    def predict(self, waveform: NDArray[np.float32]) -> Prediction:
+        """Return the answer for ``(num_samples,)`` float32."""
+        return decode(self.card, self.outputs(waveform))
+
+
+def _frontend_of(card: ModelCard) -> FrontendSpec:
+    if card.frontend is None:
+        raise ValueError(f"card {card.name!r} has no front end, so there is no feature stage to compare")
+    return card.frontend
+
+
+def _numpy(value: Any) -> Any:
+    return tuple(map(np.asarray, value)) if isinstance(value, tuple) else np.asarray(value)
+
+
+def compare_stages(
+    spec: FrontendSpec,
+    waveform: NDArray[np.float32],
+    expected: dict[str, Any],
+    actual: dict[str, Any],
+    *,
+    actual_spec: FrontendSpec | None = None,
+    limit: FeatureLimit,
+) -> list[tuple[str, float, str]]:
+    """Return (stage, difference / limit, detail) for every stage of a front end, in order of application.
+
+    Args:
+        spec: what the front end should be.
+        waveform: ``(batch, num_samples)`` both came from.
+        expected, actual: ``stages()`` of the two implementations.
+        actual_spec: what ``actual`` was built from, where it may differ.
+        limit: limits on the final features, in output units.
+    """
+    results = []
+    for name in STAGES:
+        ratio, detail = _compare_stage(
+            name, spec, actual_spec or spec, waveform, _numpy(expected[name]), _numpy(actual[name]), limit
+        )
+        results.append((name, ratio, detail))
+    return results
+
+
+def _compare_stage(
+    name: str,
+    spec: FrontendSpec,
+    actual_spec: FrontendSpec,
+    waveform: Any,
+    expected: Any,
+    actual: Any,
+    limit: FeatureLimit,
+) -> tuple[float, str]:
+    if name in SIGNAL_STAGES:
+        pairs = list(zip(_tuple(expected), _tuple(actual), strict=False))
+        if len(_tuple(expected)) != len(_tuple(actual)) or any(a.shape != b.shape for a, b in pairs):
+            return _shape_mismatch(expected, actual)
+        return max(_relative(a, b, tolerances.SIGNAL, axis=None) for a, b in pairs)
+    if name == "spectrum":
+        expected, actual = _on_common_bins(expected, actual, spec, actual_spec)
+    if expected.shape != actual.shape:
+        return _shape_mismatch(expected, actual)
+    if name in POWER_STAGES:
+        limit_of_peak = tolerances.POWER if spec.power == 2 else tolerances.MAGNITUDE
+        return _relative(expected, actual, limit_of_peak, axis=-1)
+    if name in LOG_STAGES:
+        return _log_stage(spec, waveform, expected, actual)
+    if name == "features":
+        return _worst_part(compare_features(spec, waveform, expected, actual), limit, "")
+    return _normalised_stage(name, spec, expected, actual, waveform, limit)
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _shape_mismatch(expected: Any, actual: Any) -> tuple[float, str]:
+    shapes = [", ".join(str(part.shape) for part in _tuple(value)) for value in (expected, actual)]
+    return np.inf, f"shape {shapes[0]} against {shapes[1]}"
+
+
+def _relative(expected: _Array, actual: _Array, limit: float, axis: int | None) -> tuple[float, str]:
+    """Difference relative to the largest value of the array (axis None) or of each frame (axis -1)."""
+    peak = np.abs(expected).max(axis=axis, keepdims=True, initial=0.0)
+    difference = np.abs(np.asarray(expected, np.float64) - actual)
+    worst = float((difference / np.where(peak > 0, peak, 1.0)).max(initial=0.0))
+    return (worst / limit if np.isfinite(worst) else np.inf), f"{worst:.1e} of the peak"
+
+
+def _on_common_bins(
+    expected: _Array, actual: _Array, spec: FrontendSpec, actual_spec: FrontendSpec
+) -> tuple[_Array, _Array]:
+    """A front end computes only the FFT bins its mel matrix uses; keep those both have."""
+    ours, theirs = analysis_tables(spec).bins, analysis_tables(actual_spec).bins
+    first, last = max(ours.start, theirs.start), min(ours.stop, theirs.stop)
+    return expected[..., first - ours.start : last - ours.start], actual[
+        ..., first - theirs.start : last - theirs.start
+    ]
+
+
+def _log_stage(spec: FrontendSpec, waveform: Any, expected: _Array, actual: _Array) -> tuple[float, str]:
+    """Logarithms, in nats, by the feature rule on ``(batch, windows, T, n_mels)``."""
+    bare = _per_window(spec).replace(statistics=None, affine=None, frames=None)
+    difference = compare_features(bare, waveform, expected / spec.log.gain, actual / spec.log.gain)
+    return _worst_part(difference, tolerances.LOG, " nats")
+
+
+def _worst_part(difference: FeatureDifference, limit: FeatureLimit, unit: str) -> tuple[float, str]:
+    ratios = difference.of_limit(limit)
+    worst = max(ratios, key=lambda part: ratios[part])
+    return ratios[worst], f"{worst} {getattr(difference, worst):.1e}{unit}"
+
+
+def _per_window(spec: FrontendSpec) -> FrontendSpec:
+    """Return ``spec`` with the stages' own axes, ``(batch, windows, T, n_mels)``, as its layout."""
+    return spec.replace(patches=None, layout="b c t m" if len(spec.windows) > 1 else "b 1 t m")
+
+
+def _normalised_stage(
+    name: str, spec: FrontendSpec, expected: _Array, actual: _Array, waveform: Any, limit: FeatureLimit
+) -> tuple[float, str]:
+    """Statistics, affine and length, in output units, on bins within 60 dB of their frame's peak and on filler."""
+    frames = spec.frames if name == "length" else None
+    level, _ = mel_levels(_per_window(spec).replace(frames=frames), waveform)
+    unit = abs(spec.affine.scale) if name == "statistics" and spec.affine is not None else 1.0
+    difference = np.abs(np.asarray(expected, np.float64) - actual) / unit
+    filler = np.isnan(level)
+    near, filled = difference[~filler & (level >= -60)].max(initial=0.0), difference[filler].max(initial=0.0)
+    ratio = max(float(near) / limit.within_60, float(filled) / tolerances.FILLER)
+    finite = np.isfinite(expected).all() and np.isfinite(actual).all()
+    return (ratio if finite else np.inf), f"within_60 {near:.1e}" + (f", filler {filled:.1e}" if filler.any() else "")
+
+
+def run_parity(
+    onnx: str | Path,
+    checkpoint: str | Path,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> ParityReport:
+    """Return how far production departs from research on a folder of recordings, from the file to the decision.
+
+    Args:
+        onnx: exported model.
+        checkpoint: the ``.safetensors`` it came from.
+        data: labelled folder (see DESIGN.md section 5); labels that the model does not know are not scored.
+        split: keep this split only.
+        limit: compare at most this many clips, evenly spaced over the folder.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        AudioClassifierError: a model or the folder cannot be used.
+    """
+    research = TorchPath(checkpoint)
+    dataset = read_dataset(data)
+    records = list(
+        {record.file: record for record in (dataset.select(split=split) if split else dataset).records}.values()
+    )
+    if limit is not None and len(records) > limit:
+        records = [records[round(i)] for i in np.linspace(0, len(records) - 1, limit)]
+    with TFAudioClassifier(onnx) as production:
+        return _run(research, production, records, progress)
+
+
+def _run(research: TorchPath, production: TFAudioClassifier, records: Sequence[Any], progress: bool) -> ParityReport:
+    reports = {name: StageReport(name) for name in ("decode", *STAGES, "logits", "probabilities", "decisions")}
+    system = tolerances.PATHS_FEATURES.get(research.card.system, tolerances.PATHS_FEATURES["other"])
+    rows: list[tuple[str, Prediction, Prediction, tuple[str, ...]]] = []
+    unreadable = []
+    for record in tqdm(records, desc="parity", unit="clip", disable=not progress):
+        clip = str(record.file)
+        try:
+            waveform = load_audio(record.file, research.spec)
+            torch_says = research.predict(waveform)
+        except AudioClassifierError as error:
+            unreadable.append((clip, str(error)))
+            continue
+        served = load_audio(record.file, _frontend_of(production.card))
+        same = waveform.shape == served.shape and bool((waveform == served).all())
+        reports["decode"].add(
+            clip, 0.0 if same else np.inf, "bit-equal" if same else f"{waveform.size} against {served.size} samples"
+        )
+        segments = legal_segments(waveform, research.card)
+        stages = compare_stages(
+            research.spec,
+            segments,
+            research.frontend.stages(torch.from_numpy(segments)),
+            production.frontend.stages(segments),
+            actual_spec=_frontend_of(production.card),
+            limit=system,
+        )
+        for name, ratio, detail in stages:
+            reports[name].add(clip, ratio, detail)
+        tf_says = production.predict(record.file)
+        rows.append((clip, torch_says, tf_says, record.labels))
+    changed = _score(rows, research.card, reports)
+    return ParityReport(list(reports.values()), len(rows), changed, _accuracy(rows, research.card), unreadable)
+
+
+def _score(
+    rows: list[tuple[str, Prediction, Prediction, tuple[str, ...]]], card: ModelCard, reports: dict[str, StageReport]
+) -> list[tuple[str, str, str]]:
+    """Fill in the seams after the network, and return the changed decisions."""
+    changed = []
+    logits = [row[1].logits for row in rows if row[1].logits is not None]
+    spread = max(1.0, float(np.std(np.stack(logits)))) if logits else 1.0
+    for clip, torch_says, tf_says, _ in rows:
+        if torch_says.labels != tf_says.labels:
+            reports["decisions"].add(clip, np.inf, "the label lists differ")
+            continue
+        if torch_says.logits is not None and tf_says.logits is not None:
+            apart = float(np.abs(torch_says.logits - tf_says.logits).max()) / spread
+            reports["logits"].add(clip, _ratio(apart, tolerances.LOGITS), f"{apart:.1e} of max(1, std {spread:.2f})")
+        apart = float(np.abs(torch_says.probabilities - tf_says.probabilities).max())
+        reports["probabilities"].add(clip, _ratio(apart, tolerances.PROBABILITIES), f"{apart:.1e}")
+        decisions = [_decision(prediction, card) for prediction in (torch_says, tf_says)]
+        same = decisions[0] == decisions[1]
+        reports["decisions"].add(clip, 0.0 if same else np.inf, "equal" if same else "changed")
+        if not same:
+            changed.append((clip, ";".join(decisions[0]), ";".join(decisions[1])))
+    return changed
+
+
+def _ratio(value: float, limit: float) -> float:
+    return value / limit if np.isfinite(value) else np.inf
+
+
+def _decision(prediction: Prediction, card: ModelCard) -> tuple[str, ...]:
+    """What a user is told: the best class, or for multi-label tasks every class above its threshold."""
+    if card.task != "multi_label":
+        return (prediction.label,)
+    thresholds = card.thresholds or {}
+    return tuple(
+        label
+        for label, probability in zip(prediction.labels, prediction.probabilities, strict=True)
+        if probability >= thresholds.get(label, 0.5)
+    )
+
+
+def _accuracy(
+    rows: Iterable[tuple[str, Prediction, Prediction, tuple[str, ...]]], card: ModelCard
+) -> tuple[float, float] | None:
+    known = set(card.labels or ())
+    scored = [row for row in rows if set(row[3]) <= known and row[3]]
+    if card.task == "embedding" or not scored:
+        return None
+    right = np.array([[set(_decision(says, card)) == set(labels) for says in pair] for _, *pair, labels in scored])
+    return float(right[:, 0].mean()), float(right[:, 1].mean())
