@@ -155,13 +155,15 @@ class _Recording:
 
     Attributes:
         file: libsndfile's handle.
-        stream: what it reads from.
+        stream: the file.
+        decodable: what libsndfile reads from.
         name: for messages.
         expected: samples per channel it must hold.
     """
 
     file: soundfile.SoundFile
     stream: BinaryIO
+    decodable: _Decodable
     name: str
     expected: int
 
@@ -212,6 +214,8 @@ def _blocks(recording: _Recording) -> Iterator[NDArray[np.float32]]:
                 f"{name}: the recording is damaged after {count} samples ({_reason(error)}); get an undamaged copy",
                 code="corrupt",
             ) from error
+        if recording.decodable.failure is not None:
+            raise _not_readable(name, recording.decodable.failure)
         if not len(block):
             break
         finite = np.isfinite(block)
@@ -260,8 +264,7 @@ def _opened(source: AudioSource) -> Iterator[_Recording]:
         stream, name = _as_stream(source, stack)
         try:
             container = inspect_container(stream)
-            stream.seek(0)
-            whole = io.BufferedReader(_Spliced(container, stream)) if container.head else stream
+            decodable = _Decodable(container, stream)
         except AudioDecodeError as error:
             raise AudioDecodeError(f"{name}: {error}", code=error.code) from None
         except (OSError, ValueError, OverflowError) as error:
@@ -269,7 +272,7 @@ def _opened(source: AudioSource) -> Iterator[_Recording]:
         if container.sample_rate is not None and container.channels is not None:
             _check_layout(name, container.sample_rate, container.channels)
         try:
-            file = stack.enter_context(soundfile.SoundFile(whole))
+            file = stack.enter_context(soundfile.SoundFile(decodable))
         except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, OSError) as error:
             if container.format == "FLAC" and is_cut_flac(stream, container.num_samples or 0):
                 raise _cut_short(name, container.num_samples, 0) from error
@@ -282,14 +285,22 @@ def _opened(source: AudioSource) -> Iterator[_Recording]:
         if file.frames <= 0:
             raise _no_samples(name)
         stated = file.frames if file.frames < _UNKNOWN_FRAMES else 0
-        yield _Recording(file, stream, name, max(stated, container.num_samples or 0))
+        yield _Recording(file, stream, decodable, name, max(stated, container.num_samples or 0))
 
 
-class _Spliced(io.RawIOBase):
-    """A file whose first bytes are replaced by ``container.head``, for reading."""
+class _Decodable(io.RawIOBase):
+    """What libsndfile reads from: a file whose first bytes are replaced by ``container.head``.
+
+    libsndfile calls back into Python, where an exception would be printed and lost. So seeking never raises (a damaged
+    header sends it before the beginning), and a failure to read looks like the end of the file and is kept.
+
+    Attributes:
+        failure: why reading stopped, or None.
+    """
 
     def __init__(self, container: Container, stream: BinaryIO) -> None:
         super().__init__()
+        self.failure: Exception | None = None
         self._head, self._shift = container.head, container.head_length - len(container.head)
         self._stream = stream
         self._size = stream.seek(0, 2) - self._shift
@@ -302,15 +313,17 @@ class _Spliced(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._offset = max(0, (0, self._offset, self._size)[whence] + offset)
+        self._offset = min(max(0, (0, self._offset, self._size)[whence] + offset), self._size)
         return self._offset
 
     def readinto(self, buffer: Any) -> int:
-        if self._offset < len(self._head):
-            data = self._head[self._offset : self._offset + len(buffer)]
-        else:
-            self._stream.seek(self._offset + self._shift)
-            data = self._stream.read(len(buffer))
+        data = self._head[self._offset : self._offset + len(buffer)]
+        try:
+            if len(data) < len(buffer):
+                self._stream.seek(self._offset + len(data) + self._shift)
+                data += self._stream.read(len(buffer) - len(data))
+        except (OSError, ValueError) as error:
+            self.failure = error
         buffer[: len(data)] = data
         self._offset += len(data)
         return len(data)

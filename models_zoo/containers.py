@@ -453,8 +453,30 @@ def _inspect_mp3(stream: BinaryIO, start: int, size: int) -> Container:
         if resumed is None:
             raise AudioDecodeError("not an audio file: no MPEG frame follows its ID3 tag", code="not_audio")
         first_offset, first = resumed
-    stated_frames, stated_bytes = _mp3_counts(_read_at(stream, first_offset, 256), first)
-    offset, frames, header = first_offset, 0, first
+    kind, stated_frames, stated_bytes = _mp3_counts(_read_at(stream, first_offset, 256), first)
+    frames, end, rest = _follow_frames(stream, first_offset, size, first)
+    if frames == 1 and rest and not rest.startswith(_MP3_TAGS):
+        raise AudioDecodeError("not an audio file: one MPEG frame header and no second one", code="not_audio")
+    if stated_frames is None:
+        _check_data(end - first_offset, stated_bytes or 0, "bytes")
+    elif stated_bytes is None or end - first_offset < stated_bytes or not _is_no_junk(rest):
+        _check_data(frames - 1, stated_frames, "frames")
+    else:
+        # Some encoders count the frame that holds the header, too.
+        _check_data(frames, stated_frames, "frames")
+    if kind == "Xing" and stated_frames == frames - 1:
+        return Container("MP3", first.sample_rate, first.channels)
+    skipped = 1 if kind == "VBRI" else 0  # libsndfile does not know this header: it would be a frame of silence.
+    frames -= skipped
+    head = _xing_frame(_read_at(stream, first_offset, 4), first, frames)
+    decoded = max(0, frames * first.samples - _MP3_DECODER_DELAY)
+    head_length = first_offset + skipped * first.length
+    return Container("MP3", first.sample_rate, first.channels, decoded, head, head_length)
+
+
+def _follow_frames(stream: BinaryIO, offset: int, size: int, first: _Mp3Header) -> tuple[int, int, bytes]:
+    """Return (number of frames from ``offset``, their end, up to four bytes of what follows)."""
+    frames, header = 0, first
     while True:
         if offset + header.length > size:
             raise _truncated(f"its last frame needs {header.length} bytes, {size - offset} are there")
@@ -469,22 +491,15 @@ def _inspect_mp3(stream: BinaryIO, start: int, size: int) -> Container:
             raise _truncated("it ends inside a frame header")
         resumed = _next_frame(stream, offset, size, first)
         if resumed is None:
-            break
-        if following.strip(b"\0") and not following.startswith(_MP3_TAGS):
+            return frames, offset, following
+        if not _is_no_junk(following):
             raise _corrupt(f"{resumed[0] - offset} bytes from byte {offset} are no MPEG frame")
         offset, header = resumed  # Behind a tag or padding, as where files were joined.
-    if frames == 1 and offset < size and not _read_at(stream, offset, 3).startswith(_MP3_TAGS):
-        raise AudioDecodeError("not an audio file: one MPEG frame header and no second one", code="not_audio")
-    if stated_bytes is not None:
-        _check_data(stream.seek(0, 2) - first_offset, stated_bytes, "bytes")
-    if stated_frames is not None:
-        # The header frame itself is counted by some encoders; where bytes are stated they have settled that frame.
-        _check_data(frames - 1, stated_frames - (1 if stated_bytes is not None else 0), "frames")
-    if stated_frames == frames - 1:
-        return Container("MP3", first.sample_rate, first.channels)
-    head = _xing_frame(_read_at(stream, first_offset, 4), first, frames)
-    decoded = max(0, frames * first.samples - _MP3_DECODER_DELAY)
-    return Container("MP3", first.sample_rate, first.channels, decoded, head, first_offset)
+
+
+def _is_no_junk(following: bytes) -> bool:
+    """Whether what follows a frame is nothing, padding or a tag."""
+    return not following.strip(b"\0") or following.startswith(_MP3_TAGS)
 
 
 def _next_frame(stream: BinaryIO, offset: int, size: int, like: _Mp3Header | None) -> tuple[int, _Mp3Header] | None:
@@ -509,14 +524,14 @@ def _xing_frame(like: bytes, header: _Mp3Header, frames: int) -> bytes:
     return (start + bytes(header.side_length) + b"Xing" + struct.pack(">II", 1, frames)).ljust(length, b"\0")
 
 
-def _mp3_counts(frame: bytes, header: _Mp3Header) -> tuple[int | None, int | None]:
-    """Return (frames, bytes) that the Xing, Info or VBRI header in the first frame states, None where it does not."""
+def _mp3_counts(frame: bytes, header: _Mp3Header) -> tuple[str, int | None, int | None]:
+    """Return (kind of header, frames, bytes) that the first frame states, None where it does not."""
     for place in (4 + header.side_length, 6 + header.side_length):
         if frame[place : place + 4] in (b"Xing", b"Info") and len(frame) >= place + 16:
             flags, *counts = struct.unpack(">3I", frame[place + 4 : place + 16])
             stated_frames = counts.pop(0) if flags & 1 else None
-            return stated_frames, counts.pop(0) if flags & 2 else None
+            return "Xing", stated_frames, counts.pop(0) if flags & 2 else None
     if frame[36:40] == b"VBRI" and len(frame) >= 54:
         stated_bytes, stated_frames = struct.unpack(">II", frame[46:54])
-        return stated_frames, stated_bytes
-    return None, None
+        return "VBRI", stated_frames, stated_bytes
+    return "", None, None
