@@ -1,0 +1,97 @@
+"""Stages 2 to 4: whole models, from the file to the decision. With ``--onnx`` and ``--checkpoint``: yours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from export.exporter import export_onnx
+from models_zoo.presets import get_frontend
+from models_zoo.soundscapes import CLASSES, write_soundscapes
+from parity_tests.__main__ import main
+from parity_tests.parity import run_parity
+from train_torch.checkpoint import load_checkpoint, save_checkpoint
+from train_torch.models import create_model, new_card
+
+
+@pytest.mark.own_model
+def test_your_model_agrees_from_file_to_decision(request: pytest.FixtureRequest) -> None:
+    option = request.config.getoption
+    report = run_parity(option("--onnx"), option("--checkpoint"), option("--data"), limit=option("--limit"))
+    print(report)
+    assert report.passed, f"\n{report}"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A small untrained model, its export, and built-in soundscapes."""
+    folder = tmp_path_factory.mktemp("models")
+    model = create_model("mn01", num_classes=len(CLASSES)).eval()
+    card = new_card(
+        "tiny", "mn01", model=model, frontend=get_frontend("efficientat"), task="single_label", labels=CLASSES
+    )
+    checkpoint, onnx, data = folder / "tiny.safetensors", folder / "tiny.onnx", folder / "data"
+    save_checkpoint(checkpoint, model, card)
+    export_onnx(model, card, onnx)
+    write_soundscapes(data, num_clips=12, seed=3, seconds=1.0)
+    return checkpoint, onnx, data
+
+
+def test_an_export_agrees_with_its_checkpoint(exported: tuple[Path, Path, Path], capsys: pytest.CaptureFixture) -> None:
+    checkpoint, onnx, data = exported
+    arguments = ["--onnx", str(onnx), "--checkpoint", str(checkpoint), "--data", str(data)]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is True
+    assert report["num_clips"] == 12
+    assert report["changed_decisions"] == []
+    assert [stage["stage"] for stage in report["stages"]][-3:] == ["logits", "probabilities", "decisions"]
+    assert all(stage["worst"] <= 1 for stage in report["stages"])
+    assert main([*arguments, "--limit", "3"]) == 0
+    assert "PARITY PASSED" in capsys.readouterr().out
+
+
+def test_a_wrong_front_end_in_the_card_fails_at_its_stage(exported: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    checkpoint, _, data = exported
+    loaded = load_checkpoint(checkpoint)
+    spec = get_frontend("efficientat")
+    wrong = spec.replace(windows=[window.replace(periodic=True) for window in spec.windows])
+    onnx = tmp_path / "wrong.onnx"
+    export_onnx(loaded.model, loaded.card.replace(frontend=wrong), onnx)
+    report = run_parity(onnx, checkpoint, data, progress=False)
+    assert not report.passed
+    assert report.first_failure is not None
+    assert report.first_failure.stage == "windowed"
+    assert len(report.first_failure.clips) == 12
+    assert "PARITY FAILED at stage 'windowed'" in str(report)
+
+
+def test_changed_weights_fail_at_the_logits(exported: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    checkpoint, onnx, data = exported
+    loaded = load_checkpoint(checkpoint)
+    loaded.model.classifier[-1].bias.data[0] += 1e-2
+    other = tmp_path / "other.safetensors"
+    save_checkpoint(other, loaded.model, loaded.card)
+    report = run_parity(onnx, other, data, progress=False)
+    assert report.first_failure is not None
+    assert report.first_failure.stage == "logits"
+
+
+def test_what_cannot_be_compared_is_no_pass(
+    exported: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint, onnx, _ = exported
+    folder = tmp_path / "data" / "knock"
+    folder.mkdir(parents=True)
+    soundfile.write(folder / "short.wav", np.zeros(100, np.float32), 32000)
+    report = run_parity(onnx, checkpoint, folder.parent, progress=False)
+    assert not report.passed
+    assert [clip.endswith("short.wav") for clip, _ in report.unreadable] == [True]
+    assert main(["--onnx", str(onnx), "--checkpoint", str(checkpoint), "--data", str(tmp_path / "absent")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
