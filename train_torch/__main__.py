@@ -1,0 +1,213 @@
+"""The training command: ``python -m train_torch fit | evaluate | soundscapes | recipes``.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 fine, 2 bad data, options or environment (one line).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from models_zoo.errors import AudioClassifierError
+from train_torch.recipes import Recipe, get_recipe, list_recipes
+
+__all__ = ["main"]
+
+_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m train_torch", description="Train and evaluate audio classifiers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    fit = commands.add_parser(
+        "fit",
+        help="train a model on labelled recordings",
+        description="Train a model on a folder of class folders, a metadata.csv or ESC-50. The recipe decides what "
+        "happens; the options below override single fields of it.",
+    )
+    fit.add_argument("--data", required=True, help="folder with the recordings, or its table")
+    fit.add_argument("--out", required=True, help="run folder to write")
+    fit.add_argument("--recipe", default="default", help=f"a .json file, or one of: {', '.join(list_recipes())}")
+    fit.add_argument("--name", help="name of the model (default: the run folder's)")
+    recipe = fit.add_argument_group("recipe fields")
+    recipe.add_argument("--model", help="architecture, e.g. mn04, mn10")
+    recipe.add_argument("--frontend", help="front-end preset, e.g. efficientat, efficientat_mels64")
+    recipe.add_argument("--task", choices=("single_label", "multi_label"))
+    recipe.add_argument("--epochs", type=int)
+    recipe.add_argument("--batch-size", type=int)
+    recipe.add_argument("--lr", type=float, help="peak learning rate")
+    recipe.add_argument("--seed", type=int)
+    recipe.add_argument("--seconds", type=float, help="longest training clip; longer ones are cropped at random")
+    recipe.add_argument("--patience", type=int, help="epochs without improvement before stopping; 0: never")
+    recipe.add_argument("--val-fraction", type=float, help="share set aside where the data has no validation split")
+    recipe.add_argument("--precision", choices=tuple(_PRECISIONS), help="16 and bf16: mixed precision")
+    start = fit.add_argument_group("starting point")
+    start.add_argument("--init", metavar="CHECKPOINT", help="fine-tune: .safetensors, or a published .pt with --card")
+    start.add_argument("--card", metavar="NAME", help="card of a published checkpoint, e.g. mn10_as")
+    start.add_argument("--resume", action="store_true", help="go on with the run in --out after its last full epoch")
+    start.add_argument("--force", action="store_true", help="replace the run in --out")
+    _add_split_options(fit, ("file", "speaker", "fold"))
+    fit.add_argument(
+        "--validate-by", choices=("file", "speaker", "fold"), help="how validation is carved (default: as --split-by)"
+    )
+    fit.add_argument("--no-test", action="store_true", help="leave the test split untouched")
+    machine = fit.add_argument_group("machine")
+    _add_device(machine)
+    machine.add_argument("--devices", type=int, default=1, help="how many of them (default 1)")
+    machine.add_argument("--workers", type=int, default=0, help="processes that prepare batches (default 0)")
+    machine.add_argument("--threads", type=int, help="CPU threads of torch")
+    machine.add_argument("--cache-gib", type=float, default=4.0, help="memory for decoded clips (default 4)")
+    machine.add_argument("--tensorboard", action="store_true", help="TensorBoard logs (imports TensorFlow if present)")
+    machine.add_argument("--quiet", action="store_true", help="no progress bar")
+    fit.set_defaults(run=_fit)
+
+    evaluate = commands.add_parser("evaluate", help="score a checkpoint on labelled recordings")
+    evaluate.add_argument("checkpoint", help=".safetensors, or a published .pt with --card")
+    evaluate.add_argument("--data", required=True, help="folder with the recordings, or its table")
+    evaluate.add_argument("--card", metavar="NAME", help="card of a published checkpoint")
+    evaluate.add_argument("--split", help="train, validation or test (default: every clip)")
+    _add_split_options(evaluate, ("speaker", "fold"))
+    evaluate.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _add_device(evaluate)
+    evaluate.add_argument("--threads", type=int, help="CPU threads of torch")
+    evaluate.add_argument("--quiet", action="store_true", help="no progress bar")
+    evaluate.set_defaults(run=_evaluate)
+
+    scenes = commands.add_parser("soundscapes", help="make the built-in labelled sounds")
+    scenes.add_argument("--out", required=True, help="folder to write")
+    scenes.add_argument("--clips", type=int, default=200, help="how many (default 200)")
+    scenes.add_argument("--seconds", type=float, default=2.0, help="length of each (default 2)")
+    scenes.add_argument("--sample-rate", type=int, default=32000, help="Hz (default 32000)")
+    scenes.add_argument("--events", type=int, default=1, help="sounds per clip, at most (default 1)")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("--force", action="store_true", help="replace an earlier folder's table and clips")
+    scenes.set_defaults(run=_soundscapes)
+
+    recipes = commands.add_parser("recipes", help="list the recipes that come with the package")
+    recipes.set_defaults(run=_recipes)
+    return parser
+
+
+def _add_split_options(parser: argparse.ArgumentParser, groups: Sequence[str]) -> None:
+    parser.add_argument("--split-by", choices=groups, help="keep the clips of one speaker or fold on one side")
+    parser.add_argument(
+        "--hold-out", metavar="GROUP", nargs="+", default=[], help="test on these speakers or folds (with --split-by)"
+    )
+
+
+def _add_device(parser: Any) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(max(threads, 1))
+
+
+def _fit(options: argparse.Namespace) -> None:
+    overrides = {field: getattr(options, field, None) for field in Recipe.model_fields if field != "precision"}
+    if options.precision is not None:
+        overrides["precision"] = _PRECISIONS[options.precision]
+    recipe = get_recipe(options.recipe).replace(**{k: v for k, v in overrides.items() if v is not None})
+
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from train_torch.train import fit
+
+    # Lightning sets its own levels when it is imported.
+    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    _set_threads(options.threads)
+    try:
+        report = fit(
+            options.data,
+            options.out,
+            recipe,
+            name=options.name,
+            split_by=options.split_by,
+            hold_out=tuple(options.hold_out),
+            validate_by=options.validate_by,
+            init=options.init,
+            init_card=options.card,
+            device=options.device,
+            devices=options.devices,
+            workers=options.workers,
+            cache_gib=options.cache_gib,
+            test=not options.no_test,
+            tensorboard=options.tensorboard,
+            progress=not options.quiet,
+            resume=options.resume,
+            force=options.force,
+        )
+    except SIGTERMException:
+        sys.stderr.write(f"stopped by SIGTERM; the same command with --resume goes on with {options.out}\n")
+        sys.exit(128 + signal.SIGTERM)
+    for split in ("validation", "test"):
+        for metric, value in report.get(split, {}).get("metrics", {}).items():
+            sys.stdout.write(f"{split} {metric}: {value:.4f}\n")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from train_torch.train import evaluate
+
+    _set_threads(options.threads)
+    evaluation = evaluate(
+        options.checkpoint,
+        options.data,
+        card=options.card,
+        split=options.split,
+        split_by=options.split_by,
+        hold_out=tuple(options.hold_out),
+        device=options.device,
+        progress=not options.quiet,
+    )
+    text = json.dumps(evaluation.to_dict(), indent=2) if options.json else evaluation.table()
+    sys.stdout.write(text + "\n")
+
+
+def _soundscapes(options: argparse.Namespace) -> None:
+    from models_zoo.soundscapes import write_soundscapes
+
+    table = write_soundscapes(
+        options.out,
+        num_clips=options.clips,
+        seed=options.seed,
+        sample_rate=options.sample_rate,
+        seconds=options.seconds,
+        events_per_clip=options.events,
+        force=options.force,
+    )
+    sys.stdout.write(f"{table}\n")
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    for name in list_recipes():
+        sys.stdout.write(f"{name:<14}{get_recipe(name).description}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("train_torch").setLevel(logging.INFO)
+    try:
+        options.run(options)
+    except AudioClassifierError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""Labelled recordings as batches of waveforms.
+
+Training clips are cropped, filled and changed at random to the length of their batch; evaluation clips keep their
+own length (a batch holds clips of equal length), filled only where the card's length policy says so. Every draw comes
+from a generator seeded by (seed, epoch, clip): the number of workers, a restart or the machine changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import lightning
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.fft import next_fast_len
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from models_zoo.audio import load_audio
+from models_zoo.cards import ModelCard
+from models_zoo.dataset import SPLITS, Dataset, Group
+from models_zoo.decoding import legal_segments
+from models_zoo.errors import CardError, ClipLengthError, DataError
+from train_torch.augment import augment, fit_length
+from train_torch.recipes import Recipe
+
+__all__ = [
+    "Batch",
+    "ClipData",
+    "ClipDataModule",
+    "EvaluationBatches",
+    "TrainingBatches",
+    "count_table",
+    "evaluation_loader",
+    "split_dataset",
+]
+
+_log = logging.getLogger(__name__)
+
+Waveform = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Clips of one length.
+
+    Attributes:
+        waveform: ``(batch, num_samples)`` float32 in [-1, 1] at the front end's rate.
+        targets: ``(batch, num_classes)`` float32 in [0, 1].
+        index: ``(batch,)`` int64, the clips' places in their data set.
+    """
+
+    waveform: Tensor
+    targets: Tensor
+    index: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on ``device``."""
+        return Batch(self.waveform.to(device), self.targets.to(device), self.index)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Which clips make a batch.
+
+    For training ``epoch`` seeds their changes and ``num_samples`` is their length; for evaluation ``epoch`` is None,
+    and ``segments`` says which legal segment of each clip is wanted.
+    """
+
+    indices: tuple[int, ...]
+    num_samples: int
+    epoch: int | None = None
+    segments: tuple[int, ...] = ()
+
+
+def split_dataset(
+    dataset: Dataset,
+    *,
+    split_by: Literal["file"] | Group | None = None,
+    hold_out: tuple[str, ...] = (),
+    validate_by: Literal["file"] | Group | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+) -> Dataset:
+    """Return one record per file, each in ``train``, ``validation`` or ``test``, and prove that nothing is torn.
+
+    Declared splits are kept unless ``split_by`` is given. A missing validation split is carved from ``train``.
+
+    Args:
+        dataset: as :func:`models_zoo.dataset.read_dataset` returned it.
+        split_by: split anew by file, or keep the clips of a speaker or fold together.
+        hold_out: with ``speaker`` or ``fold``: these groups are the test split; clips of other groups that the data
+            declares as test are left out.
+        validate_by: how a missing validation split is carved from the training clips; None for as ``split_by`` says.
+            By ``file`` keeps every training speaker (or fold), and makes validation easier than the test.
+        val_fraction: share of the training clips (or groups) for validation.
+        seed: of the split.
+
+    Raises:
+        DataError: there is no way to split as asked; says what to do.
+    """
+    dataset = dataset.by_file()
+    declared = {record.split for record in dataset.records}
+    by: Group | None = split_by if split_by in ("speaker", "fold") else None
+    if hold_out:
+        if by is None:
+            raise DataError(f"holding out {', '.join(hold_out)} needs to know of what: split by 'speaker' or 'fold'")
+        held = {record.file for record in dataset.split_by_group(by, held_out=hold_out).select("test").records}
+        kept = [record for record in dataset.records if record.file in held or record.split != "test"]
+        if len(kept) < len(dataset):
+            _log.info("%d clips that the data declares as test are left out", len(dataset) - len(kept))
+        dataset = replace(
+            dataset,
+            records=tuple(
+                replace(record, split="test" if record.file in held else record.split or "train") for record in kept
+            ),
+        )
+    elif by is not None:
+        dataset = dataset.split_by_group(by, test=0.2, seed=seed)
+    elif split_by == "file" or declared == {None}:
+        dataset = dataset.split_by_file(test=0.2, seed=seed)
+        if split_by is None:
+            _log.info("the data declares no split: split by file with seed %d, a fifth for test", seed)
+    elif None in declared:
+        missing = sum(record.split is None for record in dataset.records)
+        raise DataError(
+            f"{dataset.root}: {missing} of {len(dataset)} clips have no split while others have one; fill the column, "
+            "or split anew with --split-by file (or speaker, fold)"
+        )
+    if not any(record.split == "train" for record in dataset.records):
+        raise DataError(
+            f"{dataset.root}: no clip is left to train on; give the data a 'train' split, or split anew with "
+            "--split-by file (or speaker, fold)"
+        )
+    if not any(record.split == "validation" for record in dataset.records):
+        dataset = dataset.carve_validation(val_fraction, by=validate_by or by or "file", seed=seed)
+        if not any(record.split == "validation" for record in dataset.records):
+            raise DataError(
+                f"{dataset.root}: too few training clips to set {val_fraction:.0%} aside for validation; add clips, "
+                "raise --val-fraction, or declare a 'validation' split"
+            )
+    dataset.check_disjoint(None if validate_by == "file" else validate_by or by)
+    return dataset
+
+
+def count_table(dataset: Dataset) -> str:
+    """Return the class-count report: one row per class, one column per split, totals last."""
+    splits = [split for split in SPLITS if any(record.split == split for record in dataset.records)]
+    counts = {split: dataset.select(split).class_counts() for split in splits}
+    width = max(map(len, [*dataset.labels, "clips"]))
+    rows = [f"{'class':<{width}}" + "".join(f"{split:>12}" for split in splits)]
+    rows += [
+        f"{label:<{width}}" + "".join(f"{counts[split][label]:>12}" for split in splits) for label in dataset.labels
+    ]
+    rows.append(f"{'clips':<{width}}" + "".join(f"{len(dataset.select(split)):>12}" for split in splits))
+    return "\n".join(rows)
+
+
+class ClipData(torch.utils.data.Dataset[Batch]):
+    """The clips of one split, decoded once; maps a request to a batch.
+
+    Args:
+        dataset: the records, one per file.
+        card: its front end says how ``load_audio`` reads, its length policy what is legal.
+        recipe: how training clips are changed.
+        cache_gib: decoded waveforms kept in memory; clips beyond that are decoded whenever they are needed.
+        progress: show a bar while decoding.
+
+    Raises:
+        AudioDecodeError: a file cannot be read; every file is read here, before any training.
+        ClipLengthError: a clip is outside the length policy.
+    """
+
+    def __init__(
+        self, dataset: Dataset, card: ModelCard, recipe: Recipe, *, cache_gib: float = 4.0, progress: bool = False
+    ) -> None:
+        if card.frontend is None:
+            raise CardError(f"card {card.name!r} has no front end, so no way to read a clip", field="frontend")
+        self.dataset = dataset
+        self.card = card
+        self.spec = card.frontend
+        self.recipe = recipe
+        self.targets = torch.from_numpy(dataset.multi_hot())
+        self._cache: list[Waveform | None] = []
+        self.lengths: list[int] = []
+        self.segment_shapes: list[tuple[int, ...]] = []
+        room = cache_gib * 2**30
+        for index in tqdm(range(len(dataset)), desc="reading", unit="clip", disable=not progress, leave=False):
+            waveform = load_audio(dataset.records[index].file, self.spec)
+            room -= waveform.nbytes
+            self._cache.append(waveform if room >= 0 else None)
+            self.lengths.append(waveform.size)
+            self.segment_shapes.append(self._segments(index, waveform).shape)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, request: _Request) -> Batch:
+        if request.epoch is None:
+            pairs = zip(request.indices, request.segments, strict=True)
+            rows = [self._segments(index, self._waveform(index))[segment] for index, segment in pairs]
+        else:
+            rows = [self._changed(index, request.num_samples, request.epoch) for index in request.indices]
+        index = torch.tensor(request.indices)
+        return Batch(torch.from_numpy(np.stack(rows)), self.targets[index], index)
+
+    def _waveform(self, index: int) -> Waveform:
+        cached = self._cache[index]
+        return load_audio(self.dataset.records[index].file, self.spec) if cached is None else cached
+
+    def _segments(self, index: int, waveform: Waveform) -> Waveform:
+        try:
+            return legal_segments(waveform, self.card)
+        except ClipLengthError as error:
+            raise ClipLengthError(f"{self.dataset.records[index].file}: {error}", code=error.code) from None
+
+    def _changed(self, index: int, num_samples: int, epoch: int) -> Waveform:
+        settings = self.recipe.augmentation
+        rng = np.random.default_rng((self.recipe.seed, epoch, index))
+        waveform, repeat = self._waveform(index), self.card.length_policy.short == "repeat"
+        if rng.random() >= settings.share * min(1.0, (epoch + 1) / (settings.ramp_epochs + 1)):
+            return fit_length(waveform, num_samples, rng, repeat=repeat)
+        return augment(
+            waveform, settings, rng, sample_rate=self.spec.sample_rate, num_samples=num_samples, repeat=repeat
+        )
+
+
+def _share() -> tuple[int, int]:
+    """Return (rank, number of processes) of distributed training, (0, 1) elsewhere."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+class TrainingBatches(Sampler[_Request]):
+    """Requests for the batches of an epoch, in an order and of lengths that follow from (seed, epoch).
+
+    Each process of distributed training gets every n-th batch. A last batch that is not full is left out where
+    there is another (BatchNorm and the schedule want equal batches); the order changes, so no clip is lost for good.
+    """
+
+    def __init__(self, data: ClipData) -> None:
+        self.data = data
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next; Lightning calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return max(1, len(self.data) // self.data.recipe.batch_size // _share()[1])
+
+    def __iter__(self) -> Iterator[_Request]:
+        recipe, rate = self.data.recipe, self.data.spec.sample_rate
+        rng = np.random.default_rng((recipe.seed, self.epoch))
+        order = rng.permutation(len(self.data))
+        pool = recipe.sort_batches * recipe.batch_size
+        if recipe.sort_batches > 1:
+            lengths = np.asarray(self.data.lengths)
+            parts = [order[start : start + pool] for start in range(0, len(order), pool)]
+            order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+        batches = [order[start : start + recipe.batch_size] for start in range(0, len(order), recipe.batch_size)]
+        if len(batches) > 1 and len(batches[-1]) < recipe.batch_size:
+            batches.pop()
+        # Room for the slowed clips of a batch, save the longest of them, which lose their ends.
+        room = 1.0 if recipe.augmentation.speed is None else recipe.augmentation.speed[0] ** -0.5
+        requests = []
+        for position in rng.permutation(len(batches)):
+            indices = tuple(int(index) for index in batches[position])
+            longest = max(self.data.lengths[index] for index in indices) * room
+            if recipe.seconds is not None:
+                limit = (
+                    recipe.seconds
+                    if recipe.crop_seconds_min is None
+                    else rng.uniform(recipe.crop_seconds_min, recipe.seconds)
+                )
+                longest = min(longest, limit * rate)
+            requests.append(_Request(indices, self._legal(round(longest)), self.epoch))
+        rank, world = _share()
+        yield from requests[rank : len(self) * world : world]
+
+    def _legal(self, num_samples: int) -> int:
+        """Return a length the model takes, near ``num_samples`` and kind to the FFT."""
+        card = self.data.card
+        num_samples = next_fast_len(max(num_samples, card.min_samples), real=True)
+        num_samples = -(-num_samples // card.length_policy.multiple_of) * card.length_policy.multiple_of
+        return num_samples if card.length_policy.max is None else min(num_samples, card.length_policy.max)
+
+
+class EvaluationBatches(Sampler[_Request]):
+    """Requests for every clip once, unchanged, equal lengths together; each process sees all of them."""
+
+    def __init__(self, data: ClipData, batch_size: int = 32) -> None:
+        same: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for index, (segments, num_samples) in enumerate(data.segment_shapes):
+            same[num_samples] += [(index, segment) for segment in range(segments)]
+        self._requests = [
+            _Request(tuple(i for i, _ in group), num_samples, segments=tuple(segment for _, segment in group))
+            for num_samples, rows in sorted(same.items())
+            for group in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[_Request]:
+        return iter(self._requests)
+
+
+class ClipDataModule(lightning.LightningDataModule):
+    """The splits of a data set as Lightning takes them.
+
+    Args:
+        dataset: every record in a split, as :func:`split_dataset` returns it.
+        card, recipe, progress: see :class:`ClipData`.
+        cache_gib: shared out between the splits by their sizes.
+        workers: processes that prepare batches; 0 prepares them in the training process, best for small sets.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        card: ModelCard,
+        recipe: Recipe,
+        *,
+        cache_gib: float = 4.0,
+        workers: int = 0,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        self.workers = workers
+        self.parts = {
+            split: ClipData(part, card, recipe, cache_gib=cache_gib * len(part) / len(dataset), progress=progress)
+            for split in ("train", "validation")
+            for part in [dataset.select(split)]
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of an epoch."""
+        data = self.parts["train"]
+        return DataLoader(data, batch_size=None, sampler=TrainingBatches(data), num_workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the validation clips, unchanged."""
+        return evaluation_loader(self.parts["validation"], workers=self.workers)
+
+
+def evaluation_loader(data: ClipData, *, workers: int = 0) -> DataLoader[Any]:
+    """Return the clips of ``data`` unchanged, in batches of equal length."""
+    return DataLoader(data, batch_size=None, sampler=EvaluationBatches(data), num_workers=workers)
