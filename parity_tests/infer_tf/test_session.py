@@ -107,9 +107,7 @@ def test_a_bad_model_is_refused_with_the_reason(case, tmp_path):
 
 def test_external_weights_are_refused_even_where_they_lie_beside_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    onnx.save_model(
-        tiny_proto(), "outside.onnx", save_as_external_data=True, size_threshold=0, location="outside.bin"
-    )
+    onnx.save_model(tiny_proto(), "outside.onnx", save_as_external_data=True, size_threshold=0, location="outside.bin")
     assert (tmp_path / "outside.bin").exists()
     with pytest.raises(ModelFileError, match="external data"):
         OnnxSession("outside.onnx")
