@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import json
 import re
 from pathlib import Path
@@ -32,11 +31,7 @@ def get_card(name: str) -> ModelCard:
         UnknownNameError: no such card; the message suggests near names.
         CardError: the card's file is impossible; names the field.
     """
-    return _read_card(re.sub(r"\((\d)\)$", r"_\1", name.lower()))
-
-
-@functools.cache
-def _read_card(name: str) -> ModelCard:
+    name = re.sub(r"\((\d)\)$", r"_\1", name.lower())
     if name not in list_models():
         raise UnknownNameError("model", name, list_models())
     data = json.loads((_CARDS / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,0 +1,102 @@
+"""Networks whose numbers are alive: fresh ones answer with zeros, and zeros agree with any mistake."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models_zoo.cards import ModelCard
+from models_zoo.presets import get_frontend
+from train_torch.models import create_model, new_card
+
+CONTRACT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mn04_as": ("mn04_as", {}),
+    "mn05_as": ("mn05_as", {}),
+    "mn10_as": ("mn10_as", {}),
+    "mn20_as": ("mn20_as", {}),
+    "mn10_as_fc": ("mn10_as_fc", {}),
+    "mn10_as_fc_s2221": ("mn10_as_fc_s2221", {}),
+    "mn10_as_fc_s2211": ("mn10_as_fc_s2211", {}),
+    "mn10_mha4": ("mn10", {"head": "multihead_attention_pooling"}),
+    "mn04_as_20": ("mn04_as", {"num_classes": 20}),
+    "mn05_as_20": ("mn05_as", {"num_classes": 20}),
+    "mn10_as_20": ("mn10_as", {"num_classes": 20}),
+    "mn10_as_fc_20": ("mn10_as_fc", {"num_classes": 20}),
+    "mn10_mha4_20": ("mn10", {"head": "multihead_attention_pooling", "num_classes": 20}),
+}
+"""Name in the contracts -> name and options for ``create_model``."""
+
+
+def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
+    """Return a network in evaluation mode whose norms were fitted to noise, so that clips differ."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = create_model(name, **options)
+        mels, frames = model.inputs[0].axes[1:]
+        features = torch.randn(8, int(mels), 64 if frames == "time" else int(frames))
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.kaiming_normal_(module.weight)
+            model.train()(features=features)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return model.eval()
+
+
+def card_of(model: nn.Module, architecture: str, **fields: Any) -> ModelCard:
+    """Return a card for ``model`` behind the EfficientAT front end, with invented labels if it scores classes."""
+    frontend = get_frontend("efficientat")
+    n_mels = int(model.inputs[0].axes[1])
+    if n_mels != frontend.mel.n_mels:
+        frontend = frontend.replace(mel=frontend.mel.replace(n_mels=n_mels))
+    count = model.options["num_classes"]
+    defaults: dict[str, Any] = {
+        "name": "example",
+        "task": "single_label" if count else "embedding",
+        "labels": [f"class {index}" for index in range(count)] or None,
+        "frontend": frontend,
+    }
+    return new_card(**{**defaults, **fields}, architecture=architecture, model=model)
+
+
+def contract_entry(contracts: Path, variant: str) -> dict[str, Any]:
+    """Return a variant of the published keys, with what it takes over from its base filled in."""
+    variants = json.loads((contracts / "efficientat" / "keys.json").read_text())["variants"]
+    entry = variants[variant]
+    base = variants[entry.get("base", variant)]
+    return {**base, **entry, "keys": {**base["keys"], **entry.get("changed", {})}}
+
+
+def contract_state(contracts: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights with which the published code's outputs were recorded."""
+    module = importlib.util.spec_from_file_location("seeded_weights", contracts / "seeded_weights.py")
+    seeded = importlib.util.module_from_spec(module)
+    module.loader.exec_module(seeded)
+    state = seeded.seeded_state_dict(entry["keys"], entry["fixed"])
+    for key, factor in entry["scale"].items():
+        state[key] = state[key] * np.float32(factor)
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in state.items()}
+
+
+def contract_features(contracts: Path, case: str) -> Tensor:
+    """Return the input ``(batch, n_mels, time)`` of a recorded case, e.g. ``B3F128T101`` or ``e2e_crop2s``."""
+    if case == "e2e_crop2s":
+        features = np.load(contracts / "efficientat" / "golden_frontend_long.npz")["feat|crop2s"]
+        return torch.from_numpy(features).reshape(1, 128, 200)
+    batch, mels, frames = map(int, re.fullmatch(r"B(\d+)F(\d+)T(\d+)", case).groups())
+    gains = np.array([1.0, 0.8, 1.25])[:batch, None, None, None]
+    noise = np.random.default_rng(frames).standard_normal((batch, 1, mels, frames)) * gains
+    return torch.from_numpy(noise.astype(np.float32)[:, 0])
