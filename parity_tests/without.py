@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
+from typing import Any
 
-__all__ = ["Unimportable", "make_unimportable"]
+__all__ = ["Hiding", "make_unimportable"]
 
 
-class Unimportable:
-    """A finder that answers for ``packages`` and all inside them: not installed."""
+class Hiding:
+    """A finder that finds what ``finder`` finds, save ``packages`` and all inside them.
 
-    def __init__(self, packages: Sequence[str]) -> None:
-        self.packages = frozenset(packages)
+    Not one that raises: libraries ask ``importlib.util.find_spec`` whether others are installed, and get None here as
+    they would without them.
+    """
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Return None for other packages, so that the next finder is asked.
+    def __init__(self, finder: Any, packages: frozenset[str]) -> None:
+        self._finder = finder
+        self._packages = packages
 
-        Raises:
-            ModuleNotFoundError: ``name`` belongs to one of ``packages``.
-        """
-        if name.partition(".")[0] in self.packages:
-            raise ModuleNotFoundError(f"No module named {name!r} (made unimportable)", name=name)
-        return None
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Return the module's spec, or None for a hidden one."""
+        if name.partition(".")[0] in self._packages:
+            return None
+        return self._finder.find_spec(name, path, target)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._finder, name)
 
 
 def make_unimportable(*packages: str) -> None:
@@ -39,7 +43,7 @@ def make_unimportable(*packages: str) -> None:
     loaded = [name for name in packages if name in sys.modules]
     if loaded:
         raise RuntimeError(f"{loaded} already imported; make packages unimportable before anything else")
-    sys.meta_path.insert(0, Unimportable(packages))
+    sys.meta_path[:] = [Hiding(finder, frozenset(packages)) for finder in sys.meta_path]
 
 
 if __name__ == "__main__":

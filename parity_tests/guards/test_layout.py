@@ -131,8 +131,8 @@ def undocumented(node: ast.AST, prefix: str = "") -> Iterator[str]:
     """Yield the public functions, classes and methods below ``node`` that have no docstring."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and child.name[0] != "_":
-            setter = any(isinstance(mark, ast.Attribute) and mark.attr == "setter" for mark in child.decorator_list)
-            if ast.get_docstring(child) is None and not setter:
+            marks = {getattr(mark, "attr", getattr(mark, "id", "")) for mark in child.decorator_list}
+            if ast.get_docstring(child) is None and not marks & {"setter", "overload"}:
                 yield f"{prefix}{child.name} (line {child.lineno})"
             if isinstance(child, ast.ClassDef):
                 yield from undocumented(child, f"{prefix}{child.name}.")
