@@ -191,12 +191,23 @@ class Dataset:
         Args:
             test, validation: shares of the files, each in [0, 1), together below 1.
             seed: another number gives another split.
+
+        Raises:
+            DataError: impossible shares, or too few files for them.
         """
         _check_shares(test, validation)
         files = {self.name_of(record): record.labels for record in self.by_file().records}
         order = sorted(files, key=lambda name: (files[name], _shuffle_key(seed, name)))
         held = _every_nth(order, test + validation)
         tested = set(_every_nth(held, test / (test + validation) if held else 0.0))
+        wanted = {"test": test > 0, "validation": validation > 0, "train": True}
+        sizes = {"test": len(tested), "validation": len(held) - len(tested), "train": len(order) - len(held)}
+        empty = [split for split, is_wanted in wanted.items() if is_wanted and not sizes[split]]
+        if empty:
+            raise DataError(
+                f"{self.root}: {len(order)} files are too few for test={test}, validation={validation}: nothing would "
+                f"be in {', '.join(empty)}; add recordings or change the shares"
+            )
         splits = dict.fromkeys(order, "train") | {name: "test" if name in tested else "validation" for name in held}
         return self.with_split(splits)
 
@@ -498,6 +509,7 @@ def _checked(records: list[Record], root: Path, source: Path) -> Dataset:
 
 
 def _inside(root: Path, name: str, where: str) -> Path:
+    """Return ``root / name``; links are followed, but no name may climb out by itself."""
     parts = PurePosixPath(name).parts
     if Path(name).is_absolute() or ".." in parts or not parts or "\0" in name:
         raise DataError(f"{where}: file {name!r} leads out of {root}; expected a path below it")
