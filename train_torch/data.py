@@ -140,11 +140,6 @@ def split_dataset(
         )
     if not any(record.split == "validation" for record in dataset.records):
         dataset = dataset.carve_validation(val_fraction, by=validate_by or by or "file", seed=seed)
-        if not any(record.split == "validation" for record in dataset.records):
-            raise DataError(
-                f"{dataset.root}: too few training clips to set {val_fraction:.0%} aside for validation; add clips, "
-                "raise --val-fraction, or declare a 'validation' split"
-            )
     dataset.check_disjoint(None if validate_by == "file" else validate_by or by)
     return dataset
 
