@@ -19,12 +19,9 @@ from models_zoo.errors import AudioDecodeError, DataError, ModelFileError, Wavef
 from models_zoo.files import replacing
 from models_zoo.prediction import Prediction
 
-__all__ = ["OUTPUT_SUFFIXES", "Request", "Summary", "is_collection", "list_recordings", "predict_files", "scores_of"]
+__all__ = ["Request", "Summary", "is_collection", "list_recordings", "predict_files", "scores_of"]
 
-OUTPUT_SUFFIXES = (".csv", ".jsonl")
-"""What a table of predictions may be written as."""
-
-CLIP_ERRORS = (AudioDecodeError, WaveformError, ModelFileError)
+_CLIP_ERRORS = (AudioDecodeError, WaveformError, ModelFileError)
 """What one clip may fail with without ending the work on the others."""
 
 
@@ -146,7 +143,7 @@ def predict_files(
             try:
                 for prediction in scores_of(classifier, recording, request):
                     write({"file": name, **prediction.to_dict(classes)})
-            except CLIP_ERRORS as error:
+            except _CLIP_ERRORS as error:
                 failed += 1
                 code = getattr(error, "code", type(error).__name__)
                 write({"file": name, "error": " ".join(str(error).split()), "code": code})

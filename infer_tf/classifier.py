@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar, cast, overload
 
@@ -17,7 +17,7 @@ from infer_tf.session import OnnxSession
 from models_zoo.audio import AudioSource, as_waveform, load_audio, stream_audio
 from models_zoo.cards import ModelCard
 from models_zoo.decoding import check_window, class_names, decode, legal_segments
-from models_zoo.errors import ModelFileError, WaveformError
+from models_zoo.errors import AudioDecodeError, ModelFileError, WaveformError
 from models_zoo.prediction import Prediction
 from models_zoo.registry import get_card, list_models, list_shipped, shipped_model
 
@@ -252,9 +252,7 @@ class TFAudioClassifier:
     ) -> _T | list[_T]:
         """Return ``answer(outputs, num_samples)`` of one source, or the list of them for several."""
         if isinstance(source, (list, tuple)):
-            several: Iterable[NDArray[np.float32]] = (
-                self._waveform(item, sample_rate, channels_first) for item in source
-            )
+            several: Iterable[NDArray[np.float32]] = self._waveforms(source, sample_rate, channels_first)
         elif _is_array(source) and np.ndim(source) == 2 and not channels_first:
             several = as_waveform(np.asarray(source), self._spec, sample_rate=sample_rate)
         else:
@@ -281,7 +279,8 @@ class TFAudioClassifier:
             return sum(segments.size for _, _, segments in group)
 
         for position, waveform in enumerate(waveforms):
-            segments = legal_segments(waveform, self.card)
+            with _naming(position):
+                segments = legal_segments(waveform, self.card)
             length = segments.shape[1]
             waiting.setdefault(length, []).append((position, len(waveform), segments))
             held += segments.size
@@ -292,6 +291,14 @@ class TFAudioClassifier:
         for group in waiting.values():
             score(group)
         return [answers[position] for position in range(len(answers))]
+
+    def _waveforms(
+        self, sources: Iterable[Any], sample_rate: int | None, channels_first: bool
+    ) -> Iterator[NDArray[np.float32]]:
+        for position, source in enumerate(sources):
+            with _naming(position):
+                waveform = self._waveform(source, sample_rate, channels_first)
+            yield waveform
 
     def _waveform(self, source: Any, sample_rate: int | None, channels_first: bool) -> NDArray[np.float32]:
         if not _is_array(source):
@@ -348,6 +355,16 @@ def find_model(model: str | os.PathLike[str]) -> Path:
             f"run python export/pt2onnx.py FILE --model {name} -o {name}.onnx"
         )
     return shipped_model(name)
+
+
+@contextmanager
+def _naming(position: int) -> Iterator[None]:
+    """Say in an error which clip of a batch it is about."""
+    try:
+        yield
+    except (AudioDecodeError, WaveformError) as error:
+        error.args = (f"clip {position} (counted from 0): {error}",)
+        raise
 
 
 def _is_array(source: object) -> bool:

@@ -137,6 +137,14 @@ def test_arrays_that_are_no_waveforms(classifier, source, options, code):
         assert caught.value.code == code
 
 
+def test_an_error_in_a_batch_says_which_clip(classifier, tmp_path):
+    for bad in (noise(0.016), np.full(RATE, np.nan), tmp_path / "missing.wav"):
+        with pytest.raises((WaveformError, AudioDecodeError), match=r"^clip 2 \(counted from 0\): "):
+            classifier.predict([noise(0.1), noise(0.1), bad, noise(0.1)])
+    with pytest.raises(ClipLengthError, match=r"^clip 0"):
+        classifier.predict(np.zeros((2, 100), np.float32))
+
+
 @pytest.mark.parametrize("source", [None, 5, {"a": 1}, object(), [1.0, 2.0]])
 def test_things_that_are_no_recordings(classifier, source):
     with pytest.raises((AudioDecodeError, WaveformError), match="expected"):
