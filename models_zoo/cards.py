@@ -186,10 +186,10 @@ class ModelCard(_Part):
     @model_validator(mode="before")
     @classmethod
     def _hash_labels(cls, data: Any) -> Any:
-        labels = data.get("labels") if isinstance(data, dict) else None
-        named = isinstance(labels, (list, tuple)) and all(isinstance(label, str) for label in labels)
-        if named and data.get("labels_sha256") is None:
-            return {**data, "labels_sha256": labels_sha256(labels)}
+        if isinstance(data, dict) and data.get("labels_sha256") is None:
+            labels = data.get("labels")
+            if isinstance(labels, (list, tuple)) and all(isinstance(label, str) for label in labels):
+                return {**data, "labels_sha256": labels_sha256(labels)}
         return data
 
     @model_validator(mode="after")

@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from models_zoo.specs import FrontendSpec, Mel, Window
 
-__all__ = ["AnalysisTables", "analysis_tables", "mel_key", "mel_matrix", "window_array", "window_key"]
+__all__ = [
+    "AnalysisTables",
+    "analysis_tables",
+    "mel_key",
+    "mel_matrix",
+    "mel_recipe",
+    "window_array",
+    "window_key",
+    "window_recipe",
+]
 
 
 def window_key(window: Window) -> str:
@@ -27,7 +36,7 @@ def window_key(window: Window) -> str:
 def mel_key(mel: Mel, n_fft: int, sample_rate: int) -> str:
     """Return the name of a mel matrix among the shipped tables."""
     norm = "area" if mel.area_norm else "peak"
-    return f"{mel.scale}-{mel.linear_in}-{norm}-{mel.n_mels}-{mel.f_min:g}-{mel.f_max:g}-{n_fft}-{sample_rate}"
+    return f"{mel.scale}-{mel.linear_in}-{norm}-{mel.n_mels}-{mel.f_min!r}-{mel.f_max!r}-{n_fft}-{sample_rate}"
 
 
 @functools.cache
@@ -72,9 +81,9 @@ def mel_recipe(mel: Mel, n_fft: int, sample_rate: int) -> NDArray[np.float32]:
     """Return the mel filters computed in float64 and rounded, whether or not a table ships for them."""
     to_mel, to_hz = (_htk_mel, _htk_hz) if mel.scale == "htk" else (_slaney_mel, _slaney_hz)
     low, high = to_mel(np.array([mel.f_min, mel.f_max]))
-    edges_mel = np.linspace(low, high, mel.n_mels + 2)
+    edges_mel = np.linspace(low, high, mel.n_mels + 2, dtype=np.float64)
     edges_hz = to_hz(edges_mel)
-    frequencies = np.arange(n_fft // 2 + 1) * (sample_rate / n_fft)
+    frequencies = np.arange(n_fft // 2 + 1, dtype=np.float64) * (sample_rate / n_fft)
     if mel.linear_in == "mel":
         points, edges = to_mel(frequencies), edges_mel
     else:
@@ -142,7 +151,7 @@ class AnalysisTables:
 def analysis_tables(spec: FrontendSpec) -> AnalysisTables:
     """Return the constants of ``spec``."""
     matrix = mel_matrix(spec.mel, spec.framing.n_fft, spec.sample_rate)
-    bins = used_bins(matrix)
+    bins = _used_bins(matrix)
     centred = spec.framing.placement == "centred"
     ramp = None
     if spec.affine is not None and spec.affine.ramp is not None:
@@ -156,7 +165,7 @@ def analysis_tables(spec: FrontendSpec) -> AnalysisTables:
     )
 
 
-def used_bins(matrix: NDArray[np.float32]) -> slice:
+def _used_bins(matrix: NDArray[np.float32]) -> slice:
     """Return the range of FFT bins with a weight in ``matrix``; one bin where there is none at all."""
     used = np.flatnonzero(matrix.any(axis=1))
     return slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 1)

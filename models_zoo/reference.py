@@ -68,7 +68,7 @@ class ReferenceFrontend:
             x = np.pad(x, ((0, 0), (0, spec.samples - x.shape[1])))
         yield "samples", x  # (batch, num_samples)
 
-        coefficient = dtype.type(spec.preemphasis.coefficient) if spec.preemphasis else None
+        coefficient = dtype.type(spec.preemphasis.coefficient if spec.preemphasis else 0.0)
         edge = spec.preemphasis.edge if spec.preemphasis else None
         if edge in ("signal_drop", "signal_keep"):
             filtered = x[:, 1:] - coefficient * x[:, :-1]
@@ -145,13 +145,14 @@ class ReferenceFrontend:
         eps = self.dtype.type(statistics.eps)
         if statistics.kind == "min_max":
             low = y.min(axis=axes, keepdims=True)
-            return (y - low) / np.maximum(y.max(axis=axes, keepdims=True) - low, eps)
-        if statistics.kind == "mean":
-            return y - y.mean(axis=axes, keepdims=True)
-        # Relative to its first value a constant row (silence) is exactly 0, not rounding noise divided by eps.
-        y = y - y[tuple(slice(1) if axis in axes else slice(None) for axis in range(4))]
-        centred = y - y.mean(axis=axes, keepdims=True)
-        return centred / (y.std(axis=axes, keepdims=True, ddof=statistics.ddof) + eps)
+            y = (y - low) / np.maximum(y.max(axis=axes, keepdims=True) - low, eps)
+        elif statistics.kind == "mean":
+            y = y - y.mean(axis=axes, keepdims=True)
+        else:
+            # Relative to its first value a constant row (silence) is exactly 0, not rounding noise divided by eps.
+            y = y - y[tuple(slice(1) if axis in axes else slice(None) for axis in range(4))]
+            y = (y - y.mean(axis=axes, keepdims=True)) / (y.std(axis=axes, keepdims=True, ddof=statistics.ddof) + eps)
+        return y
 
     def arrange(self, y: _Array) -> _Array:
         """Return ``(batch, windows, T, n_mels)`` cut into patches and in the layout's order."""
