@@ -210,7 +210,7 @@ def test_a_training_batch_is_a_function_of_its_request(folder):
     assert np.array_equal(data[request].waveform, again[request].waveform)
     later = TrainingBatches(data)
     later.set_epoch(1)
-    changed = next(request for request in later if set(request.indices) & set(next(iter(TrainingBatches(data))).indices))
+    changed = next(iter(later))
     assert changed.epoch == 1
     assert data[changed].waveform.shape == (3, changed.num_samples)
 
