@@ -427,7 +427,10 @@ def _length_rows(card: ModelCard) -> list[tuple[str, str]]:
 def _verification_line(verification: Any) -> str:
     if not isinstance(verification, dict):
         return "none recorded"
-    return ", ".join(f"{key} {value}" for key, value in verification.items() if not isinstance(value, (dict, list)))
+    scalars = {key: value for key, value in verification.items() if not isinstance(value, (dict, list))}
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in scalars.items()
+    )
 
 
 def _models(arguments: argparse.Namespace) -> int:
