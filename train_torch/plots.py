@@ -60,7 +60,7 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: str | Pat
     for name, label in (("train_loss", "training (augmented clips)"), ("val_loss", "validation")):
         upper.plot(epochs, [row[name] for row in history], marker=".", label=label)
     upper.set_ylabel("loss")
-    upper.set_ylim(bottom=0)
+    upper.set_ylim(0, 1.05 * max(max(row["train_loss"], row["val_loss"]) for row in history))
     upper.legend()
     values = [row[headline] for row in history]
     best = int(np.argmax(values))

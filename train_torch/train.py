@@ -225,9 +225,10 @@ class Classifier(lightning.LightningModule):
         self._scored = []
         values = evaluation.metrics()
         for name, value in values.items():
-            self.log(f"val_{name}", value)
+            self.log(f"val_{name}", value, sync_dist=True)
         # A lower loss decides between equal metrics, which are common on small splits.
-        self.log("val_score", values[evaluation.headline] - 1e-3 * values["loss"] / (1 + values["loss"]))
+        score = values[evaluation.headline] - 1e-3 * values["loss"] / (1 + values["loss"])
+        self.log("val_score", score, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Return the recipe's optimiser and its schedule: linear warm-up, then a cosine."""
@@ -440,6 +441,8 @@ def fit(
     started = time.monotonic()
     folder = Path(out)
     chief = rank_zero_only.rank == 0
+    if not chief:
+        logging.getLogger("train_torch").setLevel(logging.WARNING)
     accelerator = accelerator_of(device)
     logger = _tensorboard(folder) if tensorboard else False
     if chief:
@@ -514,7 +517,7 @@ def fit(
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-            sync_batchnorm=devices > 1,
+            sync_batchnorm=devices > 1 and accelerator == "gpu",
             default_root_dir=folder,
         )
         state = folder / _STATE

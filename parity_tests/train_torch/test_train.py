@@ -404,3 +404,23 @@ def test_training_imports_no_tensorflow(sounds, tmp_path):
     printed, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert json.loads(printed.splitlines()[-1]) == [0, []]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(sounds, tmp_path):
+    run = tmp_path / "run"
+    options = ["--data", str(sounds), "--out", str(run), "--model", "mn01", "--frontend", "efficientat_mels40"]
+    process = command(
+        "-m", "train_torch", "fit", *options, "--epochs", "2", "--batch-size", "4", "--quiet", "--threads", "1",
+        "--device", "cpu", "--devices", "2",
+    )  # fmt: skip
+    printed, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert printed.count("test accuracy") == 1
+    assert error.count("noise_burst") == 0
+    assert error.count("clicks") == 1
+    assert sorted(path.name for path in run.iterdir()) == sorted(train._OWN_FILES)
+    assert [row["epoch"] for row in rows_of(run / "metrics.csv")] == ["0", "1"]
+    state = torch.load(run / "state.ckpt", weights_only=True)
+    assert state["global_step"] == 4  # 18 clips are four batches of 4, two for each process and epoch
+    assert not left_behind(run)
