@@ -151,6 +151,9 @@ def _fit(options: argparse.Namespace) -> None:
     except SIGTERMException:
         sys.stderr.write(f"stopped by SIGTERM; the same command with --resume goes on with {options.out}\n")
         sys.exit(128 + signal.SIGTERM)
+    except SystemExit:  # how Lightning passes Ctrl-C on
+        sys.stderr.write(f"interrupted; the same command with --resume goes on with {options.out}\n")
+        sys.exit(128 + signal.SIGINT)
     for split in ("validation", "test"):
         for metric, value in report.get(split, {}).get("metrics", {}).items():
             sys.stdout.write(f"{split} {metric}: {value:.4f}\n")

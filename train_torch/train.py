@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import platform
 import re
 import time
@@ -253,6 +254,11 @@ def _collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tup
     index = torch.cat([batch.index for batch, _ in scored]).numpy()
     targets = torch.cat([batch.targets for batch, _ in scored]).cpu()
     logits = torch.cat([logits for _, logits in scored]).float().cpu()
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(
+            f"model {card.name!r} answers with NaN or infinity: the training diverged; lower the learning rate (--lr), "
+            "or go back to an earlier checkpoint"
+        )
     task = cast(Literal["single_label", "multi_label"], card.task)
     loss = float(clip_loss(logits, targets, task))
     output = card.clip_output()
@@ -444,6 +450,11 @@ def fit(
     if not chief:
         logging.getLogger("train_torch").setLevel(logging.WARNING)
     accelerator = accelerator_of(device)
+    there = torch.cuda.device_count() if accelerator == "gpu" else os.cpu_count() or 1
+    if not 1 <= devices <= there:
+        raise DeviceError(
+            f"got {devices} devices; this machine has {there} for {accelerator}; give --devices 1 to {there}"
+        )
     logger = _tensorboard(folder) if tensorboard else False
     if chief:
         _check_run_folder(folder, recipe, resume=resume, force=force)

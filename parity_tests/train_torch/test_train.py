@@ -312,10 +312,26 @@ def test_asking_for_what_is_not_there(sounds, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="cuda"):
         fit(sounds, tmp_path / "run", TINY, device="cuda", progress=False)
+    with pytest.raises(DeviceError, match="--devices 1 to"):
+        fit(sounds, tmp_path / "run", TINY, device="cpu", devices=10_000, progress=False)
     monkeypatch.setitem(sys.modules, "lightning.pytorch.loggers", None)
     with pytest.raises(MissingDependencyError, match="tensorboard"):
         fit(sounds, tmp_path / "run", TINY, tensorboard=True, progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_training_keeps_its_last_good_state(sounds, tmp_path, monkeypatch):
+    logits = train.Classifier.logits
+
+    def diverging(self, *arguments):
+        return logits(self, *arguments) * (float("nan") if self.global_step > 2 else 1.0)
+
+    monkeypatch.setattr(train.Classifier, "logits", diverging)
+    with pytest.raises(CheckpointError, match="diverged"):
+        fit(sounds, tmp_path / "run", TINY, progress=False)
+    assert torch.load(tmp_path / "run" / "state.ckpt", weights_only=True)["epoch"] == 0
+    load_checkpoint(tmp_path / "run" / "model.safetensors")
+    assert not (tmp_path / "run" / "last.safetensors").exists()
 
 
 def test_clips_with_unknown_labels_are_not_scored(trained, tmp_path):
