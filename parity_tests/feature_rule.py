@@ -51,32 +51,71 @@ class FeatureDifference:
         return [f"{part} {getattr(self, part)}" for part, ratio in self.of_limit(limit).items() if not ratio <= 1]
 
 
-def mel_levels(spec: FrontendSpec, waveform: _Array) -> tuple[_Array, _Array]:
-    """Return (level, above) of every output bin, in the spec's layout.
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """How loud the bins of some features are.
 
-    Level is the float64 mel value in dB below the largest of its clip, window and frame (20 log10 of magnitude, 10
-    log10 of power), <= 0, NaN in filled frames. ``above`` is true where the mel value is above the spec's floor.
+    Attributes:
+        level: dB below the largest mel value of the bin's clip, window and frame, <= 0; NaN in filled frames.
+        above: 1 where the mel value is above the spec's floor, else 0; NaN in filled frames.
     """
-    reference = ReferenceFrontend(spec, "float64")
-    mel = reference.stages(waveform)["mel"]  # (batch, windows, T, n_mels)
-    decibel = 20.0 if spec.power == 1 else 10.0
+
+    level: _Array
+    above: _Array
+
+    def map(self, change: Callable[[_Array], _Array]) -> Levels:
+        """Return both arrays after ``change``."""
+        return Levels(change(self.level), change(self.above))
+
+    def with_filler(self, spec: FrontendSpec) -> Levels:
+        """Return ``(batch, windows, T, n_mels)`` levels cut or filled to the frames of the spec."""
+        if spec.frames is None:
+            return self
+        count = spec.frames.applied_to(self.level.shape[2])
+        fill = ((0, 0), (0, 0), (0, max(0, count - self.level.shape[2])), (0, 0))
+        return self.map(lambda array: np.pad(array[:, :, :count], fill, constant_values=np.nan))
+
+
+def mel_levels(spec: FrontendSpec, waveform: _Array) -> Levels:
+    """Return the levels of ``(batch, windows, T, n_mels)`` log-mel values, before frames are cut or filled.
+
+    Taken from the float64 mel value without its floor: 20 log10 of magnitudes, 10 log10 of powers.
+    """
+    mel = ReferenceFrontend(spec, "float64").stages(waveform)["mel"]
+    peak = mel.max(axis=-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
-        level = decibel * (np.log10(mel) - np.log10(mel.max(axis=-1, keepdims=True)))
+        level = (20.0 if spec.power == 1 else 10.0) * (np.log10(mel) - np.log10(peak))
     # A silent frame has no peak: all its bins count as peaks and must agree.
-    level = np.where(mel.max(axis=-1, keepdims=True) > 0, level, 0.0)
+    level = np.where(peak > 0, level, 0.0)
     floor = spec.log.floor
     if spec.clamp is not None and spec.clamp.low is not None:
         floor = max(floor, float(np.exp(spec.clamp.low / spec.log.gain)))
-    above = (mel > floor).astype(np.float64)
-    if spec.frames is not None:
-        count = spec.frames.applied_to(mel.shape[2])
-        level, above = (_fixed(array, count) for array in (level, above))
-    return reference.arrange(level), reference.arrange(above)
+    return Levels(level, (mel > floor).astype(np.float64))
 
 
-def _fixed(array: _Array, count: int) -> _Array:
-    array = array[:, :, :count]
-    return np.pad(array, ((0, 0), (0, 0), (0, count - array.shape[2]), (0, 0)), constant_values=np.nan)
+def difference_by_level(expected: _Array, actual: _Array, levels: Levels) -> FeatureDifference:
+    """Return how far ``actual`` is from ``expected``, all of one shape."""
+    if not expected.shape == actual.shape == levels.level.shape:
+        raise ValueError(
+            f"expected {expected.shape}, actual {actual.shape}, levels {levels.level.shape}: shapes differ"
+        )
+    difference = np.abs(np.asarray(expected, np.float64) - np.asarray(actual, np.float64))
+    filler = np.isnan(levels.level)
+
+    def largest(mask: NDArray[np.bool_]) -> float:
+        return float(difference[mask].max(initial=0.0))
+
+    def average(mask: NDArray[np.bool_]) -> float:
+        return float(difference[mask].mean()) if mask.any() else 0.0
+
+    return FeatureDifference(
+        within_60=largest(~filler & (levels.level >= -60)),
+        within_100=largest(~filler & (levels.level >= -100)),
+        mean=average(~filler & (levels.above > 0)),
+        mean_60=average(~filler & (levels.level >= -60)),
+        filler=largest(filler),
+        finite=bool(np.isfinite(expected).all() and np.isfinite(actual).all()),
+    )
 
 
 def compare_features(
@@ -86,7 +125,7 @@ def compare_features(
     actual: _Array,
     select: Callable[[_Array], _Array] = lambda features: features,
 ) -> FeatureDifference:
-    """Return how far ``actual`` is from ``expected``.
+    """Return how far features are apart, in the spec's layout and output units.
 
     Args:
         spec: the front end.
@@ -94,23 +133,6 @@ def compare_features(
         expected, actual: features after ``select``.
         select: picks what ``expected`` holds out of whole features, for goldens that keep some frames only.
     """
-    level, above = (select(array) for array in mel_levels(spec, waveform))
-    if not expected.shape == actual.shape == level.shape:
-        raise ValueError(f"shapes differ: expected {expected.shape}, actual {actual.shape}, levels {level.shape}")
-    difference = np.abs(np.asarray(expected, np.float64) - np.asarray(actual, np.float64))
-    filler = np.isnan(level)
-
-    def largest(mask: NDArray[np.bool_]) -> float:
-        return float(difference[mask].max(initial=0.0))
-
-    def average(mask: NDArray[np.bool_]) -> float:
-        return float(difference[mask].mean()) if mask.any() else 0.0
-
-    return FeatureDifference(
-        within_60=largest(~filler & (level >= -60)),
-        within_100=largest(~filler & (level >= -100)),
-        mean=average(~filler & (above > 0)),
-        mean_60=average(~filler & (level >= -60)),
-        filler=largest(filler),
-        finite=bool(np.isfinite(expected).all() and np.isfinite(actual).all()),
-    )
+    arrange = ReferenceFrontend(spec).arrange
+    levels = mel_levels(spec, waveform).with_filler(spec).map(lambda array: select(arrange(array)))
+    return difference_by_level(expected, actual, levels)

@@ -5,6 +5,7 @@ Both start from the file. The report names the first stage that departs and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,10 @@ from models_zoo.decoding import decode, legal_segments
 from models_zoo.errors import AudioClassifierError
 from models_zoo.filterbanks import analysis_tables
 from models_zoo.prediction import Prediction
+from models_zoo.reference import ReferenceFrontend
 from models_zoo.specs import STAGES, FrontendSpec
 from parity_tests import tolerances
-from parity_tests.feature_rule import FeatureDifference, compare_features, mel_levels
+from parity_tests.feature_rule import FeatureDifference, Levels, difference_by_level, mel_levels
 from parity_tests.tolerances import FeatureLimit
 from train_torch.checkpoint import load_checkpoint
 from train_torch.frontend import TorchFrontend
@@ -178,20 +180,23 @@ def compare_stages(
         actual_spec: what ``actual`` was built from, where it may differ.
         limit: limits on the final features, in output units.
     """
-    results = []
-    for name in STAGES:
-        ratio, detail = _compare_stage(
-            name, spec, actual_spec or spec, waveform, _numpy(expected[name]), _numpy(actual[name]), limit
+    levels = mel_levels(spec, waveform)
+    return [
+        (
+            name,
+            *_compare_stage(
+                name, spec, actual_spec or spec, levels, _numpy(expected[name]), _numpy(actual[name]), limit
+            ),
         )
-        results.append((name, ratio, detail))
-    return results
+        for name in STAGES
+    ]
 
 
 def _compare_stage(
     name: str,
     spec: FrontendSpec,
     actual_spec: FrontendSpec,
-    waveform: Any,
+    levels: Levels,
     expected: Any,
     actual: Any,
     limit: FeatureLimit,
@@ -206,13 +211,19 @@ def _compare_stage(
     if expected.shape != actual.shape:
         return _shape_mismatch(expected, actual)
     if name in POWER_STAGES:
-        limit_of_peak = tolerances.POWER if spec.power == 2 else tolerances.MAGNITUDE
-        return _relative(expected, actual, limit_of_peak, axis=-1)
+        of_peak = tolerances.POWER if spec.power == 2 else tolerances.MAGNITUDE
+        return _relative(expected, actual, of_peak, axis=-1)
     if name in LOG_STAGES:
-        return _log_stage(spec, waveform, expected, actual)
+        gain = spec.log.gain
+        return _worst_part(difference_by_level(expected / gain, actual / gain, levels), tolerances.LOG, " nats")
     if name == "features":
-        return _worst_part(compare_features(spec, waveform, expected, actual), limit, "")
-    return _normalised_stage(name, spec, expected, actual, waveform, limit)
+        arranged = levels.with_filler(spec).map(ReferenceFrontend(spec).arrange)
+        return _worst_part(difference_by_level(expected, actual, arranged), limit, "")
+    # Statistics, affine and length, in output units; the mean is left to the features.
+    unit = abs(spec.affine.scale) if name == "statistics" and spec.affine is not None else 1.0
+    shaped = levels.with_filler(spec) if name == "length" else levels
+    unmeant = FeatureLimit(limit.within_60, limit.within_100, math.inf)
+    return _worst_part(difference_by_level(expected / unit, actual / unit, shaped), unmeant, "")
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -243,37 +254,10 @@ def _on_common_bins(
     ]
 
 
-def _log_stage(spec: FrontendSpec, waveform: Any, expected: _Array, actual: _Array) -> tuple[float, str]:
-    """Logarithms, in nats, by the feature rule on ``(batch, windows, T, n_mels)``."""
-    bare = _per_window(spec).replace(statistics=None, affine=None, frames=None)
-    difference = compare_features(bare, waveform, expected / spec.log.gain, actual / spec.log.gain)
-    return _worst_part(difference, tolerances.LOG, " nats")
-
-
 def _worst_part(difference: FeatureDifference, limit: FeatureLimit, unit: str) -> tuple[float, str]:
     ratios = difference.of_limit(limit)
     worst = max(ratios, key=lambda part: ratios[part])
     return ratios[worst], f"{worst} {getattr(difference, worst):.1e}{unit}"
-
-
-def _per_window(spec: FrontendSpec) -> FrontendSpec:
-    """Return ``spec`` with the stages' own axes, ``(batch, windows, T, n_mels)``, as its layout."""
-    return spec.replace(patches=None, layout="b c t m" if len(spec.windows) > 1 else "b 1 t m")
-
-
-def _normalised_stage(
-    name: str, spec: FrontendSpec, expected: _Array, actual: _Array, waveform: Any, limit: FeatureLimit
-) -> tuple[float, str]:
-    """Statistics, affine and length, in output units, on bins within 60 dB of their frame's peak and on filler."""
-    frames = spec.frames if name == "length" else None
-    level, _ = mel_levels(_per_window(spec).replace(frames=frames), waveform)
-    unit = abs(spec.affine.scale) if name == "statistics" and spec.affine is not None else 1.0
-    difference = np.abs(np.asarray(expected, np.float64) - actual) / unit
-    filler = np.isnan(level)
-    near, filled = difference[~filler & (level >= -60)].max(initial=0.0), difference[filler].max(initial=0.0)
-    ratio = max(float(near) / limit.within_60, float(filled) / tolerances.FILLER)
-    finite = np.isfinite(expected).all() and np.isfinite(actual).all()
-    return (ratio if finite else np.inf), f"within_60 {near:.1e}" + (f", filler {filled:.1e}" if filler.any() else "")
 
 
 def run_parity(
