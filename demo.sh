@@ -9,11 +9,11 @@ SECONDS=0
 
 step() { printf '\n== %s\n\n' "$*"; }
 
-step "1. Make sounds: 400 labelled clips of ten kinds"
-python -m train_torch soundscapes --out $out/sounds --clips 400 --seed 1
+step "1. Make sounds: 600 labelled clips of ten kinds"
+python -m train_torch soundscapes --out $out/sounds --clips 600 --seconds 1 --seed 1
 
 step "2. Train in PyTorch"
-python -m train_torch fit --model mn04 --data $out/sounds --out $out/run --name soundscapes-mn --epochs 12 --seed 1
+python -m train_torch fit --recipe soundscapes --data $out/sounds --out $out/run --name soundscapes-mn
 
 step "3. Export, verify, and only then keep: one ONNX file with its card inside"
 python export/pt2onnx.py $out/run/model.safetensors -o $out/soundscapes.onnx

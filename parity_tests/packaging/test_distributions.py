@@ -17,7 +17,7 @@ SDIST_FILES = {
     ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "NOTICE", "PKG-INFO", "README.md",
     "constraints.txt", "demo.sh", "pyproject.toml",
 }  # fmt: skip
-WHEEL_SUFFIXES = {".py", ".typed", ".json", ".csv", ".npz", ".onnx", ".safetensors"}
+WHEEL_SUFFIXES = {".py", ".md", ".typed", ".json", ".csv", ".npz", ".onnx", ".safetensors"}
 
 
 @pytest.fixture(scope="module")
