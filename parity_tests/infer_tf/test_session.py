@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from infer_tf.modelfile import check_model_bytes
+from infer_tf.modelfile import _CHILDREN, _TENSOR_DATA_LOCATION, _TENSOR_EXTERNAL_DATA, check_model_bytes
 from infer_tf.session import OnnxSession
 from models_zoo.cards import CARD_KEY, labels_sha256
 from models_zoo.errors import ClosedError, DeviceError, ModelFileError, UnknownNameError, WaveformError
@@ -111,6 +111,38 @@ def test_external_weights_are_refused_even_where_they_lie_beside_the_model(tmp_p
     assert (tmp_path / "outside.bin").exists()
     with pytest.raises(ModelFileError, match="external data"):
         OnnxSession("outside.onnx")
+
+
+def test_the_search_for_external_data_knows_every_way_to_a_tensor():
+    names = {
+        "ModelProto": "model",
+        "TrainingInfoProto": "training",
+        "FunctionProto": "function",
+        "GraphProto": "graph",
+        "NodeProto": "node",
+        "AttributeProto": "attribute",
+        "SparseTensorProto": "sparse",
+        "TensorProto": "tensor",
+    }
+    messages = onnx.ModelProto.DESCRIPTOR.file.message_types_by_name
+
+    def leads_to_a_tensor(name: str, seen: frozenset[str] = frozenset()) -> bool:
+        inside = {field.message_type.name for field in messages[name].fields if field.message_type} - {name} - seen
+        known = {inner for inner in inside if inner in messages}
+        return name == "TensorProto" or any(leads_to_a_tensor(inner, seen | {name}) for inner in known)
+
+    found = {
+        short: {
+            field.number: names[field.message_type.name]
+            for field in messages[name].fields
+            if field.message_type and field.message_type.name in messages and leads_to_a_tensor(field.message_type.name)
+        }
+        for name, short in names.items()
+    }
+    assert found == _CHILDREN
+    fields = onnx.TensorProto.DESCRIPTOR.fields_by_name
+    assert fields["external_data"].number == _TENSOR_EXTERNAL_DATA
+    assert fields["data_location"].number == _TENSOR_DATA_LOCATION
 
 
 def test_every_truncation_of_a_model_is_refused():
