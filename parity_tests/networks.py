@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from models_zoo.cards import ModelCard
 from models_zoo.presets import get_frontend
+from models_zoo.specs import FrontendSpec
+from train_torch.frontend import TorchFrontend
 from train_torch.models import create_model, new_card
 
 CONTRACT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,13 +37,26 @@ CONTRACT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name in the contracts -> name and options for ``create_model``."""
 
 
+def _frontend(n_mels: int) -> FrontendSpec:
+    frontend = get_frontend("efficientat")
+    return frontend.replace(mel=frontend.mel.replace(n_mels=n_mels))
+
+
+def noise_features(batch: int, frames: int, n_mels: int = 128) -> Tensor:
+    """Return ``(batch, n_mels, frames)`` EfficientAT features of seeded noise, each clip half as loud as the last."""
+    generator = torch.Generator().manual_seed(frames)
+    noise = torch.randn(batch, 320 * frames, generator=generator) * 0.5 ** torch.arange(batch).unsqueeze(1)
+    with torch.no_grad():
+        return TorchFrontend(_frontend(n_mels)).eval()(noise)
+
+
 def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
     """Return a network in evaluation mode whose norms were fitted to noise, so that clips differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = create_model(name, **options)
-        mels, frames = model.inputs[0].axes[1:]
-        features = torch.randn(8, int(mels), 64 if frames == "time" else int(frames))
+        frames = 64 if model.declared.num_frames is None else model.declared.num_frames
+        features = noise_features(8, frames, model.declared.n_mels)
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
@@ -58,16 +73,12 @@ def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
 
 def card_of(model: nn.Module, architecture: str, **fields: Any) -> ModelCard:
     """Return a card for ``model`` behind the EfficientAT front end, with invented labels if it scores classes."""
-    frontend = get_frontend("efficientat")
-    n_mels = int(model.inputs[0].axes[1])
-    if n_mels != frontend.mel.n_mels:
-        frontend = frontend.replace(mel=frontend.mel.replace(n_mels=n_mels))
     count = model.options["num_classes"]
     defaults: dict[str, Any] = {
         "name": "example",
         "task": "single_label" if count else "embedding",
         "labels": [f"class {index}" for index in range(count)] or None,
-        "frontend": frontend,
+        "frontend": _frontend(model.options["n_mels"]),
     }
     return new_card(**{**defaults, **fields}, architecture=architecture, model=model)
 

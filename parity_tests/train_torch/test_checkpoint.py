@@ -14,11 +14,11 @@ import torch
 from models_zoo.cards import CARD_KEY, CheckpointSource
 from models_zoo.errors import CardError, CheckpointError, OutputExistsError, OutputWriteError, UnknownNameError
 from models_zoo.registry import get_card
-from parity_tests.networks import card_of, contract_entry, contract_state, lively
+from parity_tests.networks import card_of, contract_entry, contract_state, lively, noise_features
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
 from train_torch.models import check_card, create_model
 
-FEATURES = torch.randn(2, 128, 60, generator=torch.Generator().manual_seed(2))
+FEATURES = noise_features(2, 60)
 
 
 @pytest.fixture(scope="module")

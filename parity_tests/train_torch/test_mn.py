@@ -12,11 +12,11 @@ from torch import nn
 from models_zoo.errors import CardError, ClipLengthError, SpecError, UnknownNameError
 from models_zoo.presets import get_frontend
 from models_zoo.registry import get_card, list_models
-from parity_tests.networks import card_of, lively
+from parity_tests.networks import card_of, lively, noise_features
 from train_torch.models import check_card, create_model, list_architectures, new_card
 
 HEADS = ("mlp", "fully_convolutional", "multihead_attention_pooling")
-FEATURES = torch.randn(3, 128, 101, generator=torch.Generator().manual_seed(1))
+FEATURES = noise_features(3, 101)
 
 
 def on_paper(name, **options):

@@ -8,6 +8,7 @@ batch or the class count and any length exports; squeeze-excitation over frequen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
@@ -15,6 +16,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 import torch
 from pydantic import Field, Strict, model_validator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models_zoo.cards import ModelInput, ModelOutput
 from models_zoo.errors import CardError, ClipLengthError, SpecError
@@ -222,7 +224,9 @@ class _InvertedResidual(nn.Module):
 class _AttentionPooling(nn.Module):
     """Scores per frame, averaged over time with learned sigmoid attention, several heads.
 
-    Source: Gong et al., "PSLA" (arXiv 2102.01243), as in the published ``attention_pooling.py``.
+    Source: Gong et al., "PSLA" (arXiv 2102.01243), as in the published ``attention_pooling.py``: sigmoid, clamped to
+    [1e-7, 1 - 1e-7], over its sum. Computed here as a softmax of logarithms: onnxruntime's sigmoid is off by up to
+    1e-7, which is nothing to a gate and everything to small weights that are divided by their sum.
     """
 
     def __init__(self, inputs: int, num_classes: int, num_heads: int) -> None:
@@ -234,8 +238,8 @@ class _AttentionPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         sequence = x.mean(2).transpose(1, 2)  # (batch, time, channels)
         attention, values = self.subspace_proj(sequence).chunk(2, -1)  # each (batch, time, heads * classes)
-        attention = torch.sigmoid(attention).clamp(1e-7, 1 - 1e-7)
-        attention = attention / attention.sum(1, keepdim=True)
+        log_sigmoid = -functional.softplus(-attention)
+        attention = log_sigmoid.clamp(math.log(1e-7), math.log1p(-1e-7)).softmax(1)
         pooled = (attention * values).sum(1).reshape(self.shape)
         return (pooled * self.head_weight).sum(1)
 
