@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import scipy.fft
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from models_zoo.errors import SpecError, WaveformError
 from models_zoo.filterbanks import analysis_tables
@@ -32,11 +32,14 @@ class ReferenceFrontend:
         SpecError: ``dtype`` is neither.
     """
 
-    def __init__(self, spec: FrontendSpec, dtype: Literal["float64", "float32"] = "float64") -> None:
-        if dtype not in ("float64", "float32"):
+    def __init__(self, spec: FrontendSpec, dtype: DTypeLike = "float64") -> None:
+        try:
+            self.dtype = np.dtype(dtype)
+        except TypeError:
+            self.dtype = np.dtype(object)
+        if self.dtype not in (np.float64, np.float32):
             raise SpecError(f"dtype: got {dtype!r}; expected 'float64' or 'float32'", field="dtype")
         self.spec = spec
-        self.dtype = np.dtype(dtype)
         self._tables = analysis_tables(spec)
 
     def __call__(self, waveform: _Array) -> _Array:
