@@ -48,7 +48,8 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: str | Pat
     """Draw loss and validation metric over the epochs as a PNG.
 
     Args:
-        history: a row per epoch with ``train_loss``, ``val_loss`` and ``headline``.
+        history: a row per epoch with ``train_loss``, ``val_loss``, ``val_score`` (by which the best is chosen) and
+            ``headline``.
         path: of the picture; replaced if it exists.
         headline: the metric of the lower panel, e.g. ``val_accuracy``.
     """
@@ -63,7 +64,7 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: str | Pat
     upper.set_ylim(0, 1.05 * max(max(row["train_loss"], row["val_loss"]) for row in history))
     upper.legend()
     values = [row[headline] for row in history]
-    best = int(np.argmax(values))
+    best = int(np.argmax([row["val_score"] for row in history]))
     lower.plot(epochs, values, marker=".", color="tab:green")
     lower.plot(epochs[best], values[best], marker="o", color="tab:red", label=f"best {values[best]:.3f}")
     lower.set_ylabel(headline.removeprefix("val_").replace("_", " ") + " (validation)")
