@@ -34,11 +34,12 @@ class ReferenceFrontend:
 
     def __init__(self, spec: FrontendSpec, dtype: DTypeLike = "float64") -> None:
         try:
-            self.dtype = np.dtype(dtype)
+            name = np.dtype(dtype).name
         except TypeError:
-            self.dtype = np.dtype(object)
-        if self.dtype not in (np.float64, np.float32):
+            name = ""
+        if name not in ("float64", "float32"):
             raise SpecError(f"dtype: got {dtype!r}; expected 'float64' or 'float32'", field="dtype")
+        self.dtype: np.dtype[np.floating[Any]] = np.dtype(name)
         self.spec = spec
         self._tables = analysis_tables(spec)
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Small networks on small batches: a second thread waits more than it works.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
