@@ -12,8 +12,8 @@ step() { printf '\n== %s\n\n' "$*"; }
 step "1. Make sounds: 600 labelled clips of ten kinds"
 python -m train_torch soundscapes --out $out/sounds --clips 600 --seconds 1 --seed 1
 
-step "2. Train in PyTorch"
-python -m train_torch fit --recipe soundscapes --data $out/sounds --out $out/run --name soundscapes-mn
+step "2. Train in PyTorch, on one thread (small batches gain little from a second, and lose much on a busy machine)"
+python -m train_torch fit --recipe soundscapes --data $out/sounds --out $out/run --name soundscapes-mn --threads 1
 
 step "3. Export, verify, and only then keep: one ONNX file with its card inside"
 python export/pt2onnx.py $out/run/model.safetensors -o $out/soundscapes.onnx
