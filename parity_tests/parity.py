@@ -295,7 +295,7 @@ def run_parity(
 
 def _run(research: TorchPath, production: TFAudioClassifier, records: Sequence[Any], progress: bool) -> ParityReport:
     reports = {name: StageReport(name) for name in ("decode", *STAGES, "logits", "probabilities", "decisions")}
-    system = tolerances.PATHS_FEATURES.get(research.card.system, tolerances.PATHS_FEATURES["other"])
+    limit = tolerances.paths_limit(research.spec)
     rows: list[tuple[str, Prediction, Prediction, tuple[str, ...]]] = []
     unreadable = []
     for record in tqdm(records, desc="parity", unit="clip", disable=not progress):
@@ -318,7 +318,7 @@ def _run(research: TorchPath, production: TFAudioClassifier, records: Sequence[A
             research.frontend.stages(torch.from_numpy(segments)),
             production.frontend.stages(segments),
             actual_spec=_frontend_of(production.card),
-            limit=system,
+            limit=limit,
         )
         for name, ratio, detail in stages:
             reports[name].add(clip, ratio, detail)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from models_zoo.presets import get_frontend, list_frontends
+from models_zoo.specs import FrontendSpec
+
 
 @dataclass(frozen=True)
 class FeatureLimit:
@@ -48,6 +51,20 @@ PATHS_FEATURES: dict[str, FeatureLimit] = {
     "mrms_mac": FeatureLimit(5e-4, 2e-2, 2e-4, 2e-5),
     "other": FeatureLimit(2e-3, 5e-2, 3e-4),
 }
+
+
+def paths_limit(spec: FrontendSpec) -> FeatureLimit:
+    """Return the limits for a front end: its system's where it is a preset, else the general ones."""
+    name = next((name for name in list_frontends() if get_frontend(name) == spec), "")
+    systems = {
+        "efficientat": "efficientat",
+        "panns": "panns",
+        "dcase": "dcase_crnn",
+        "cav_mae": "cav_mae",
+        "mrms": "mrms_mac",
+    }
+    return PATHS_FEATURES[next((system for prefix, system in systems.items() if name.startswith(prefix)), "other")]
+
 
 # Relative to the largest sample: padding, framing and windowing move numbers without rounding; pre-emphasis and frame
 # means round once or a few hundred times. Worst on real clips 3.7e-7 (CAV-MAE, frames).

@@ -17,7 +17,7 @@ SDIST_FILES = {
     ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "NOTICE", "PKG-INFO", "README.md",
     "constraints.txt", "demo.sh", "pyproject.toml",
 }  # fmt: skip
-WHEEL_SUFFIXES = {".py", ".md", ".typed", ".json", ".csv", ".npz", ".onnx", ".safetensors"}
+WHEEL_SUFFIXES = {".py", ".md", ".typed", ".json", ".csv", ".npz", ".onnx"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_wheel_holds_the_two_production_packages_and_nothing_else(distributions)
 def test_wheel_holds_code_tables_cards_labels_and_weights(distributions):
     wheel, _ = distributions
     code = in_checkout("models_zoo", "*.py") | in_checkout("infer_tf", "*.py")
-    data = in_checkout("models_zoo", "*.json", "*.csv", "*.npz", "*.onnx", "*.safetensors")
+    data = in_checkout("models_zoo", "*.json", "*.csv", "*.npz", "*.onnx")
     assert code | data <= wheel, f"missing: {sorted((code | data) - wheel)}"
     for folder, suffix in (("cards", ".json"), ("labels", ".csv"), ("tables", ".npz"), ("weights", ".onnx")):
         assert any(name.startswith(f"models_zoo/{folder}/") and name.endswith(suffix) for name in wheel), folder

@@ -10,7 +10,10 @@ import pytest
 import soundfile
 
 from export.exporter import export_onnx
+from infer_tf import TFAudioClassifier
+from models_zoo.dataset import read_dataset
 from models_zoo.presets import get_frontend
+from models_zoo.registry import list_shipped, shipped_model
 from models_zoo.soundscapes import CLASSES, write_soundscapes
 from parity_tests.__main__ import main
 from parity_tests.parity import run_parity
@@ -95,3 +98,37 @@ def test_what_cannot_be_compared_is_no_pass(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.strip().splitlines()) == 1
+
+
+SHIPPED = {"digits-mn": "fsdd", "instruments-mn": "instruments"}
+"""Shipped model -> the recordings below --data it was trained on."""
+
+
+def test_every_shipped_model_has_its_recordings_named() -> None:
+    assert sorted(SHIPPED) == list_shipped()
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_shipped_models_agree_on_every_real_clip(name: str, data: Path) -> None:
+    """Training and test clips alike: not one changed decision, and the test accuracy the card states."""
+    onnx = shipped_model(name)
+    folder = data / SHIPPED[name]
+    report = run_parity(onnx, onnx.with_suffix(".safetensors"), folder, progress=False)
+    print(report)
+    assert report.passed, f"\n{report}"
+    assert report.changed == []
+    assert report.num_clips == len(read_dataset(folder).records)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("name", "bar"), [("digits-mn", 0.97), ("instruments-mn", 0.70)])
+def test_shipped_models_reach_their_bar_on_the_test_split(name: str, bar: float, data: Path) -> None:
+    records = read_dataset(data / SHIPPED[name]).select(split="test").records
+    with TFAudioClassifier(name) as classifier:
+        right = [classifier.predict(record.file).label == record.labels[0] for record in records]
+        stated = classifier.card.metrics["test_accuracy"]
+    assert len(right) == {"digits-mn": 200, "instruments-mn": 50}[name]
+    assert np.mean(right) == pytest.approx(stated, abs=1e-9)
+    assert np.mean(right) >= bar
