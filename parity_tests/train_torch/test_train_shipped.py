@@ -1,0 +1,51 @@
+"""The shipped models measure what their cards say, and came from the committed recipes."""
+
+import onnxruntime
+import pytest
+import torch
+
+from models_zoo.audio import load_audio
+from models_zoo.dataset import read_dataset
+from models_zoo.decoding import legal_segments
+from models_zoo.registry import get_card, shipped_model
+from train_torch.checkpoint import load_checkpoint
+from train_torch.frontend import TorchFrontend
+from train_torch.recipes import get_recipe
+from train_torch.train import evaluate
+
+SHIPPED = {"digits-mn": ("digits", "fsdd", 0.97), "instruments-mn": ("instruments", "instruments", 0.70)}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_came_from_its_committed_recipe(name):
+    card, recipe = get_card(name), get_recipe(SHIPPED[name][0])
+    assert card.provenance["recipe"] == recipe.to_dict()
+    assert card.provenance["seed"] == recipe.seed
+    assert card.license == recipe.license != ""
+    assert card.training_data
+    assert card.provenance["clips"]["test"] in (200, 50)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_measures_what_its_card_says(name, data):
+    _, folder, bar = SHIPPED[name]
+    card = get_card(name)
+    session = onnxruntime.InferenceSession(shipped_model(name), providers=["CPUExecutionProvider"])
+    frontend = TorchFrontend(card.frontend).eval()
+    records = read_dataset(data / folder).select("test").records
+    right = 0
+    for record in records:
+        clip = torch.from_numpy(legal_segments(load_audio(record.file, card.frontend), card))
+        logits = session.run(["logits"], {"features": frontend(clip).numpy()})[0]
+        right += card.labels[int(logits[0].argmax())] == record.labels[0]
+    assert right / len(records) == pytest.approx(card.metrics["test_accuracy"])
+    assert right / len(records) >= bar
+
+
+@pytest.mark.real_data
+def test_the_shipped_checkpoint_is_the_shipped_model(data):
+    path = shipped_model("digits-mn").with_suffix(".safetensors")
+    assert load_checkpoint(path).card == get_card("digits-mn")
+    evaluation = evaluate(path, data / "fsdd", split="test", progress=False)
+    assert evaluation.metrics()["accuracy"] == pytest.approx(get_card("digits-mn").metrics["test_accuracy"])
