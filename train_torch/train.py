@@ -388,7 +388,7 @@ def _expected_warnings() -> Iterator[None]:
         yield
 
 
-def accelerator_of(device: Device) -> str:
+def _accelerator_of(device: Device) -> str:
     """Return Lightning's name for ``device``.
 
     Raises:
@@ -449,7 +449,7 @@ def fit(
     chief = rank_zero_only.rank == 0
     if not chief:
         logging.getLogger("train_torch").setLevel(logging.WARNING)
-    accelerator = accelerator_of(device)
+    accelerator = _accelerator_of(device)
     there = torch.cuda.device_count() if accelerator == "gpu" else os.cpu_count() or 1
     if not 1 <= devices <= there:
         raise DeviceError(
@@ -699,7 +699,7 @@ def evaluate(
     Raises:
         AudioClassifierError: bad data, checkpoint or device.
     """
-    target = "cuda" if accelerator_of(device) == "gpu" else "cpu"
+    target = "cuda" if _accelerator_of(device) == "gpu" else "cpu"
     loaded = load_checkpoint(checkpoint, card)
     if loaded.card.labels is None or loaded.card.task not in ("single_label", "multi_label"):
         raise CheckpointError(f"{checkpoint}: task {loaded.card.task!r} without clip labels cannot be evaluated")
