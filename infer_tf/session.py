@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,10 @@ def _read(model: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
         return model, "the model"
     path = Path(model)
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not path.is_dir():  # a device or a pipe may never end
+            raise ModelFileError(f"{path} is no regular file; expected an ONNX file written by export/pt2onnx.py")
+        size = status.st_size
         if size > _MAX_BYTES:
             raise ModelFileError(f"{path} has {size} bytes; an ONNX model in one file has at most {_MAX_BYTES}")
         return path.read_bytes(), str(path)
@@ -174,11 +178,29 @@ class OnnxSession:
                 wrong = (fixed and size != int(axis)) if axis.isdigit() else (fixed and axis in dynamic)
                 if wrong or (kind == "input" and axis.isdigit() and not fixed):
                     self._disagree(f"{kind} {name!r} has axes {axes} in the card, {found_axes} in the graph")
+        self._check_fed()
         clip = self.card.clip_output()
         if clip is not None and self.card.labels is not None:
             size = self.outputs[clip.name][1][-1]
             if isinstance(size, int) and size != len(self.card.labels):
                 self._disagree(f"the card has {len(self.card.labels)} labels, output {clip.name!r} has {size} classes")
+
+    def _check_fed(self) -> None:
+        """Refuse a card whose front end makes other features than the graph takes."""
+        shortest = self.card.min_samples
+        for part in self.card.inputs:
+            if part.source == "frontend" and self.card.frontend is not None:
+                made = self.card.frontend.output_shape(shortest)
+            elif part.source == "waveform":
+                made = (1, shortest)
+            else:
+                continue
+            taken = self.inputs[part.name][1]
+            fits = len(made) == len(taken) and all(
+                axis == size for axis, size in zip(taken[1:], made[1:], strict=True) if isinstance(axis, int)
+            )
+            if not fits:
+                self._disagree(f"{part.source} makes {made} of the shortest clip, input {part.name!r} takes {taken}")
 
     def _disagree(self, what: str) -> None:
         raise ModelFileError(f"the card inside {self._name} disagrees with its graph: {what}; export it again")

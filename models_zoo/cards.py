@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -44,6 +44,10 @@ class _Part(Declaration):
     error: ClassVar[type[CardError]] = CardError
 
 
+Axes = Annotated[Sequence[Annotated[str, Field(pattern=r"^([A-Za-z_]\w*|[1-9][0-9]{0,8})$")]], Field(min_length=1)]
+"""Names of axes; a whole number in ASCII digits is a fixed size."""
+
+
 class ModelInput(_Part):
     """One input of the graph.
 
@@ -56,7 +60,7 @@ class ModelInput(_Part):
 
     name: str
     dtype: Literal["float32", "int64", "bool"] = "float32"
-    axes: Sequence[str]
+    axes: Axes
     source: Literal["frontend", "waveform", "image", "encoder", "caller"]
 
 
@@ -73,7 +77,7 @@ class ModelOutput(_Part):
     name: str
     role: Literal["clip", "frame", "embedding"]
     kind: Literal["logit", "log_probability", "probability"] | None = None
-    axes: Sequence[str]
+    axes: Axes
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -109,6 +113,8 @@ class LengthPolicy(_Part):
     def _check(self) -> Self:
         if self.min is not None and self.max is not None and self.max < self.min:
             raise CardError(f"max: got {self.max}; expected at least min, {self.min}", field="max")
+        if self.max is not None and self.max % self.multiple_of:
+            raise CardError(f"max: got {self.max}; expected a multiple of {self.multiple_of}", field="max")
         return self
 
 
@@ -173,8 +179,8 @@ class ModelCard(_Part):
     labels: Sequence[str] | None = None
     labels_sha256: str | None = None
     length_policy: LengthPolicy = LengthPolicy()
-    thresholds: dict[str, float] | None = None
-    median_filters: dict[str, float] | None = None
+    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
+    median_filters: dict[str, Annotated[float, Field(ge=0)]] | None = None
     exporter: Literal["torchscript", "dynamo"] = "torchscript"
     exporter_reason: str = ""
     license: str = ""
@@ -213,6 +219,12 @@ class ModelCard(_Part):
                     "labels_sha256: does not match the labels; the card was edited: remove the hash to recompute it",
                     field="labels_sha256",
                 )
+        longest = self.length_policy.max
+        if longest is not None and longest < self.min_samples:
+            raise CardError(
+                f"length_policy.max: got {longest} samples; the front end needs at least {self.min_samples}",
+                field="length_policy.max",
+            )
         for field in ("thresholds", "median_filters"):
             strangers = sorted(set(getattr(self, field) or ()) - set(self.labels or ()))
             if strangers:

@@ -96,10 +96,11 @@ def legal_segments(waveform: NDArray[np.float32], card: ModelCard) -> NDArray[np
                 f"{_seconds(shortest, card)}; use a longer clip or declare a padding rule in the card's length_policy",
                 code="too_short",
             )
+        filled = _multiple(shortest, policy.multiple_of, up=True)
         if policy.short == "repeat":
-            waveform = np.tile(waveform, -(-shortest // len(waveform)))[:shortest]
+            waveform = np.tile(waveform, -(-filled // len(waveform)))[:filled]
         else:
-            waveform = np.pad(waveform, (0, shortest - len(waveform)))
+            waveform = np.pad(waveform, (0, filled - len(waveform)))
     remainder = len(waveform) % policy.multiple_of
     if remainder and policy.uneven == "zero":
         waveform = np.pad(waveform, (0, policy.multiple_of - remainder))

@@ -57,6 +57,13 @@ at it. With W windows, ``frames`` ``(batch, T, win_length)`` and the stages up t
 and ``mel`` to ``length`` are ``(batch, W, T, n_mels)``; W is 1 for most systems.
 """
 
+# Beyond these a spec is a mistake or an attack: its tables would not fit in memory, or its numbers not in float32.
+_LONGEST_FFT = 1 << 16
+_MOST_MELS = 4096
+_LONGEST_CLIP = 1 << 28  # samples, more than two hours at 32 kHz
+_MOST_FRAMES = 1 << 20
+_SMALLEST = 2.0**-126  # of the normal float32 numbers; smaller ones become 0, and their logarithm infinite
+
 
 class Preemphasis(Declaration):
     """First-difference filter y[n] = x[n] - coefficient * x[n-1].
@@ -88,11 +95,11 @@ class Framing(Declaration):
         drop_last: frames dropped at the end.
     """
 
-    n_fft: int = Field(ge=2)
-    hop_length: int = Field(ge=1)
+    n_fft: int = Field(ge=2, le=_LONGEST_FFT)
+    hop_length: int = Field(ge=1, le=_LONGEST_CLIP)
     placement: Literal["centred", "left"] = "centred"
     padding: Literal["reflect", "zero", "snip"] = "reflect"
-    lead: int = Field(default=0, ge=0)
+    lead: int = Field(default=0, ge=0, le=_LONGEST_CLIP)
     remove_dc: bool = False
     drop_first: int = Field(default=0, ge=0)
     drop_last: int = Field(default=0, ge=0)
@@ -124,7 +131,7 @@ class Mel(Declaration):
         area_norm: divide each filter by half its width in Hz (librosa's ``norm="slaney"``).
     """
 
-    n_mels: int = Field(ge=1)
+    n_mels: int = Field(ge=1, le=_MOST_MELS)
     f_min: float = Field(ge=0)
     f_max: float = Field(gt=0)
     scale: Literal["htk", "slaney"]
@@ -149,7 +156,7 @@ class Log(Declaration):
     """
 
     floor_mode: Literal["add", "max"]
-    floor: float = Field(gt=0)
+    floor: float = Field(ge=_SMALLEST)
     gain: float = Field(gt=0)
 
 
@@ -188,7 +195,7 @@ class Statistics(Declaration):
     kind: Literal["mean", "mean_std", "min_max"]
     over: Literal["mel_time", "time"] = "mel_time"
     ddof: Literal[0, 1] = 0
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, ge=_SMALLEST)
 
 
 class Affine(Declaration):
@@ -220,8 +227,8 @@ class Frames(Declaration):
         fill: value of added frames, in output units.
     """
 
-    count: int | None = Field(default=None, ge=1)
-    multiple_of: int | None = Field(default=None, ge=1)
+    count: int | None = Field(default=None, ge=1, le=_MOST_FRAMES)
+    multiple_of: int | None = Field(default=None, ge=1, le=_MOST_FRAMES)
     fill: float = 0.0
 
     @model_validator(mode="after")
@@ -265,7 +272,7 @@ class FrontendSpec(Declaration):
     """
 
     sample_rate: int = Field(ge=1, le=768_000)
-    samples: int | None = Field(default=None, ge=1)
+    samples: int | None = Field(default=None, ge=1, le=_LONGEST_CLIP)
     preemphasis: Preemphasis | None = None
     framing: Framing
     windows: Sequence[Window] = Field(min_length=1)
@@ -302,6 +309,14 @@ class FrontendSpec(Declaration):
                 f"layout: got {self.layout!r}; expected 'b' first, then each of {sorted(expected - {'b'})} once, "
                 "with '1' for unit axes, separated by single spaces",
                 field="layout",
+            )
+        if not self._is_legal(_LONGEST_CLIP):
+            raise SpecError(
+                "framing: no clip is long enough to give "
+                + ("a frame" if self.patches is None else f"a patch of {self.patches.length} frames")
+                + (f", as clips are cut or filled to {self.samples} samples" if self.samples is not None else "")
+                + (f" and frames to {self.frames.count}" if self.frames is not None and self.frames.count else ""),
+                field="framing",
             )
         return self
 
@@ -350,20 +365,8 @@ class FrontendSpec(Declaration):
 
     @property
     def min_samples(self) -> int:
-        """Shortest legal clip, in samples at ``sample_rate``.
-
-        Raises:
-            SpecError: no length is legal (``samples`` is itself too short).
-        """
-        if self._is_legal(1):
-            return 1
-        low, high = 1, 2
-        while not self._is_legal(high):
-            low, high = high, high * 2
-            if high > 1 << 40:
-                raise SpecError(
-                    f"samples: a clip fixed to {self.samples} samples is shorter than one frame", field="samples"
-                )
+        """Shortest legal clip, in samples at ``sample_rate``."""
+        low, high = 0, _LONGEST_CLIP  # illegal and, by the validation, legal
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._is_legal(middle) else (middle, high)

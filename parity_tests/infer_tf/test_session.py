@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import types
@@ -61,6 +62,19 @@ def inputs(name: str = "features", dtype: str = "float32", axes: tuple[str, ...]
     return [{"name": name, "dtype": dtype, "axes": list(axes), "source": "frontend"}]
 
 
+def raw_card(old: str, new: str) -> bytes:
+    text = tiny_card().to_json()
+    assert old in text
+    return with_metadata(tiny_proto(), {CARD_KEY: text.replace(old, new, 1)})
+
+
+def with_frontend(**changes: object) -> bytes:
+    card = tiny_card().to_dict()
+    for name, value in changes.items():
+        card["frontend"][name] = {**card["frontend"][name], **value} if isinstance(value, dict) else value
+    return with_metadata(tiny_proto(), {CARD_KEY: json.dumps(card)})
+
+
 BAD_MODELS: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "is empty"),
     "text": (lambda: b"hello, this is no model\n" * 20, "is not an ONNX file"),
@@ -84,6 +98,16 @@ BAD_MODELS: dict[str, tuple[Callable[[], bytes], str]] = {
     "input of another size": (lambda: card_with(inputs=inputs(axes=("batch", "64", "time"))), "'64'"),
     "time fixed by tracing": (lambda: tiny_model(axes=("batch", 128, 100)), "100"),
     "batch fixed by tracing": (lambda: tiny_model(axes=(1, 128, "time")), "input 'features' has axes"),
+    "front end of other bands": (lambda: with_frontend(mel={"n_mels": 64}), r"frontend makes \(1, 64, 2\)"),
+    "front end of another layout": (lambda: with_frontend(layout="b t m"), r"frontend makes \(1, 2, 128\)"),
+    "front end of another rank": (lambda: with_frontend(layout="b 1 m t"), r"frontend makes \(1, 1, 128, 2\)"),
+    "front end without a frame": (lambda: with_frontend(samples=10), "no clip is long enough"),
+    "front end of terabytes": (lambda: with_frontend(framing={"n_fft": 1 << 40}), "n_fft"),
+    "axis in other digits": (lambda: raw_card('"128"', '"\u00b2"'), "axes"),
+    "waveform for a graph of features": (
+        lambda: raw_card('"source":"frontend"', '"source":"waveform"'),
+        r"waveform makes \(1, 514\)",
+    ),
     "output of another name": (lambda: card_with(outputs=outputs("scores")), "outputs are"),
     "output missing in the card": (lambda: card_with(outputs=outputs()[:1]), "outputs are"),
     "output of another rank": (lambda: card_with(outputs=outputs(axes=("batch", "2", "3"))), "output 'logits'"),

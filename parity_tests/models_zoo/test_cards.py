@@ -55,6 +55,8 @@ def test_edited_labels_are_noticed() -> None:
         ({"inputs": []}, "inputs"),
         ({"outputs": [ModelOutput(name="x", role="embedding", axes=("batch", "8"))] * 2}, "outputs"),
         ({"thresholds": {"wolf": 0.5}}, "thresholds"),
+        ({"thresholds": {"dog": 5.0}}, "thresholds.dog"),
+        ({"length_policy": LengthPolicy(max=513)}, "length_policy.max"),
         ({"median_filters": {"wolf": 0.5}}, "median_filters"),
         ({"schema_version": 2}, "schema_version"),
         ({"surprise": 1}, "surprise"),
@@ -74,6 +76,11 @@ def test_parts_are_validated() -> None:
         ModelOutput(name="embedding", role="embedding", kind="logit", axes=("batch", "3"))
     with pytest.raises(CardError, match="max"):
         LengthPolicy(min=10, max=5)
+    with pytest.raises(CardError, match="multiple of 320"):
+        LengthPolicy(max=1000, multiple_of=320)
+    for axes in ((), ("batch", "²"), ("batch", "-1"), ("batch", "0"), ("batch", "")):
+        with pytest.raises(CardError, match="axes"):
+            ModelInput(name="features", axes=axes, source="frontend")
     with pytest.raises(CardError, match="source"):
         ModelInput(name="features", axes=("batch",), source="radio")
 

@@ -100,6 +100,8 @@ def test_without_a_rule_an_illegal_length_is_an_error(policy, length, code, says
         ({"short": "repeat"}, 200, np.tile(clip(200), 3)[:SHORTEST]),
         ({"short": "repeat"}, 1, np.ones(SHORTEST)),
         ({"short": "zero", "min": 2000}, 1000, np.pad(clip(1000), (0, 1000))),
+        ({"short": "zero", "min": 700, "multiple_of": 320}, 3, np.pad(clip(3), (0, 957))),
+        ({"short": "repeat", "min": 700, "multiple_of": 320}, 480, np.tile(clip(480), 2)),
         ({"long": "crop", "max": 2000}, 2500, clip(2000)),
         ({"uneven": "crop", "multiple_of": 320}, 999, clip(960)),
         ({"uneven": "zero", "multiple_of": 320}, 961, np.pad(clip(961), (0, 319))),

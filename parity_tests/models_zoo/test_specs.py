@@ -9,7 +9,7 @@ import pytest
 
 from models_zoo.errors import ClipLengthError, SpecError, UnknownNameError
 from models_zoo.presets import get_frontend, list_frontends
-from models_zoo.specs import Framing, FrontendSpec, Mel, Preemphasis
+from models_zoo.specs import Frames, Framing, FrontendSpec, Mel, Patches, Preemphasis
 
 # (preset, samples -> frames), from the contracts' tables.
 FRAMES = {
@@ -125,6 +125,14 @@ def edited(path: str, value: object) -> dict:
         ("power", 3, "power"),
         ("log.floor", 0.0, "log.floor"),
         ("log.floor", -1.0, "log.floor"),
+        ("log.floor", 1e-50, "log.floor"),
+        ("statistics", {"kind": "min_max", "eps": 1e-50}, "statistics.eps"),
+        ("samples", 10, "framing"),
+        ("samples", 10**12, "samples"),
+        ("framing.n_fft", 1 << 40, "framing.n_fft"),
+        ("framing.hop_length", 10**15, "framing.hop_length"),
+        ("framing.drop_first", 10**9, "framing"),
+        ("mel.n_mels", 10**9, "mel.n_mels"),
         ("affine.scale", 0.0, "affine.scale"),
         ("preemphasis.edge", "drop", "preemphasis.edge"),
         ("preemphasis.coefficient", 1.5, "preemphasis.coefficient"),
@@ -168,6 +176,14 @@ def test_parts_and_copies_are_validated_and_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
         spec.sample_rate = 8000  # type: ignore[misc]
     assert spec.replace(preemphasis=Preemphasis(coefficient=0.5, edge="frame")) != spec
+
+
+def test_patches_longer_than_the_frames_are_refused() -> None:
+    spec = get_frontend("efficientat").replace(frames=Frames(count=50))
+    patched = spec.replace(patches=Patches(length=50, hop=1), layout="b p m t")
+    assert patched.num_patches(32000) == 1
+    with pytest.raises(SpecError, match="no clip is long enough to give a patch of 51 frames"):
+        spec.replace(patches=Patches(length=51, hop=1), layout="b p m t")
 
 
 def test_an_unknown_front_end_suggests_near_names() -> None:
