@@ -65,7 +65,7 @@ def list_recordings(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     found: list[Path] = []
     for item in map(Path, inputs):
-        if item.is_dir():
+        if os.path.isdir(item):
             below = sorted(path for path in item.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
             if not below:
                 raise DataError(
@@ -133,7 +133,7 @@ def predict_files(
         OutputExistsError, OutputWriteError: the table cannot be written.
     """
     failed = 0
-    with replacing(output, force=force) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+    with replacing(output, force=force) as partial, _open_table(partial) as stream:
         classes = min(request.top, len(classifier.labels))
         write = (
             _csv_writer(stream, classes, request) if Path(output).suffix.lower() == ".csv" else _jsonl_writer(stream)
@@ -148,6 +148,11 @@ def predict_files(
                 code = getattr(error, "code", type(error).__name__)
                 write({"file": name, "error": " ".join(str(error).split()), "code": code})
     return Summary(total=len(recordings), failed=failed)
+
+
+def _open_table(path: Path) -> IO[str]:
+    # A file's name may hold bytes that are no UTF-8; they are written as they are printed.
+    return path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def _jsonl_writer(stream: IO[str]) -> Any:

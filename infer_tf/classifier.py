@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +16,7 @@ from infer_tf.session import OnnxSession
 from models_zoo.audio import AudioSource, as_waveform, load_audio, stream_audio
 from models_zoo.cards import ModelCard
 from models_zoo.decoding import check_window, class_names, decode, legal_segments
-from models_zoo.errors import AudioDecodeError, ModelFileError, WaveformError
+from models_zoo.errors import AudioDecodeError, ModelFileError, UnknownNameError, WaveformError
 from models_zoo.prediction import Prediction
 from models_zoo.registry import get_card, list_models, list_shipped, shipped_model
 
@@ -30,6 +29,8 @@ _T = TypeVar("_T")
 _Outputs: TypeAlias = dict[str, NDArray[np.float32]]
 
 _BATCH_SECONDS = 80.0  # what is scored at once, and, four times over, what may wait for clips of equal length
+
+_MOST_SECONDS = 1e9  # of a window or a hop
 
 
 class TFAudioClassifier:
@@ -111,8 +112,12 @@ class TFAudioClassifier:
 
         Args:
             seconds: length of the silence, or None for the shortest legal clip.
+
+        Raises:
+            WaveformError: ``seconds`` is no sensible number.
+            ClosedError: after :meth:`close`.
         """
-        num_samples = self.card.min_samples if seconds is None else round(seconds * self.sample_rate)
+        num_samples = self.card.min_samples if seconds is None else self._samples("seconds", seconds)
         policy = self.card.length_policy
         num_samples = -(-max(num_samples, self.card.min_samples) // policy.multiple_of) * policy.multiple_of
         self._run(np.zeros((1, num_samples), np.float32))
@@ -240,9 +245,10 @@ class TFAudioClassifier:
         return decode(self.card, outputs, start=start / rate, end=(start + len(waveform)) / rate)
 
     def _samples(self, name: str, seconds: float) -> int:
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
-            raise WaveformError(f"{name}: got {seconds!r}; expected seconds", code="range")
-        samples = round(seconds * self.sample_rate)
+        number = isinstance(seconds, (int, float, np.integer, np.floating)) and not isinstance(seconds, bool)
+        if not number or not abs(seconds) <= _MOST_SECONDS:
+            raise WaveformError(f"{name}: got {seconds!r}; expected seconds, at most {_MOST_SECONDS:.0e}", code="range")
+        samples = round(float(seconds) * self.sample_rate)
         if samples < 1:
             raise WaveformError(f"{name}: got {seconds!r} s; expected more than 0", code="range")
         return samples
@@ -253,8 +259,8 @@ class TFAudioClassifier:
         """Return ``answer(outputs, num_samples)`` of one source, or the list of them for several."""
         if isinstance(source, (list, tuple)):
             several: Iterable[NDArray[np.float32]] = self._waveforms(source, sample_rate, channels_first)
-        elif _is_array(source) and np.ndim(source) == 2 and not channels_first:
-            several = as_waveform(np.asarray(source), self._spec, sample_rate=sample_rate)
+        elif _is_array(source) and (array := _array(source)).ndim == 2 and not channels_first:
+            several = as_waveform(array, self._spec, sample_rate=sample_rate)
         else:
             waveform = self._waveform(source, sample_rate, channels_first)
             return answer(self._run(legal_segments(waveform, self.card)), len(waveform))
@@ -304,7 +310,7 @@ class TFAudioClassifier:
         if not _is_array(source):
             _refuse_rate(sample_rate)
             return load_audio(source, self._spec, max_seconds=self.max_seconds)
-        array = np.asarray(source)
+        array = _array(source)
         if array.ndim != 1 and not (channels_first and array.ndim == 2):
             raise WaveformError(
                 f"got an array of shape {array.shape} for one clip; expected (num_samples,), or, with "
@@ -338,7 +344,7 @@ def find_model(model: str | os.PathLike[str]) -> Path:
     """Return the file of a model given by path or by the name of a shipped model.
 
     Raises:
-        UnknownNameError: no such file, and no shipped model of that name; near names are suggested.
+        UnknownNameError: no such file, and no model of that name; near names are suggested.
         ModelFileError: the name of a published model whose weights do not ship.
     """
     name = os.fspath(model)
@@ -354,7 +360,7 @@ def find_model(model: str | os.PathLike[str]) -> Path:
             f"the weights of {name!r} do not ship with crossfade; get {checkpoint.file if checkpoint else 'them'} and "
             f"run python export/pt2onnx.py FILE --model {name} -o {name}.onnx"
         )
-    return shipped_model(name)
+    raise UnknownNameError("model", name, [*list_shipped(), *list_models()])
 
 
 @contextmanager
@@ -369,6 +375,15 @@ def _naming(position: int) -> Iterator[None]:
 
 def _is_array(source: object) -> bool:
     return isinstance(source, np.ndarray) or hasattr(source, "__array__")
+
+
+def _array(source: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(source)
+    except Exception as error:  # whatever a foreign array raises, e.g. a tensor that requires gradients
+        raise WaveformError(
+            f"got {type(source).__name__}, which is not readable as an array: {error}", code="type"
+        ) from error
 
 
 def _refuse_rate(sample_rate: int | None) -> None:

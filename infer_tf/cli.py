@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from models_zoo.errors import AudioClassifierError, DataError
+from models_zoo.errors import AudioClassifierError, DataError, ModelFileError
 
 if TYPE_CHECKING:
     from infer_tf.batch import Request
@@ -59,9 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("crossfade: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python flushes standard output once more at exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_standard_output()
         return 141
+    except OSError as error:  # standard output cannot be written; what works on files raises errors of its own
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_standard_output()
+        print(f"crossfade: error: cannot read or write: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _drop_standard_output() -> None:
+    """Give Python, which flushes standard output once more at exit, somewhere to write what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,8 +139,8 @@ def _add_runtime(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number, at least 1")
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r:.40}; expected a whole number, at least 1")
     return int(text)
 
 
@@ -216,7 +227,8 @@ def _predict(arguments: argparse.Namespace) -> int:
                 if len(arguments.inputs) == 1:
                     raise
                 failed += 1
-                print(f"crossfade: error: {' '.join(str(error).split())}", file=sys.stderr)
+                text = " ".join(str(error).split())
+                print(f"crossfade: error: {text if name in text else f'{name}: {text}'}", file=sys.stderr)
         if failed:
             print(f"{failed} of {len(arguments.inputs)} recordings failed", file=sys.stderr)
         return 1 if failed else 0
@@ -316,7 +328,7 @@ def _info(arguments: argparse.Namespace) -> int:
     path = find_model(arguments.model)
     session = OnnxSession(path, threads=1)
     card = session.card
-    verification = json.loads(session.metadata.get(VERIFICATION_KEY, "null"))
+    verification = _verification(session.metadata.get(VERIFICATION_KEY, "null"), path)
     if arguments.json:
         print(
             json.dumps(
@@ -422,6 +434,18 @@ def _length_rows(card: ModelCard) -> list[tuple[str, str]]:
     if lengths["multiple_of"] > 1:
         rows.append(("multiple_of", f"{lengths['multiple_of']} samples; others: {lengths['uneven']}"))
     return rows
+
+
+def _verification(text: str, path: Path) -> Any:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(
+            f"the record of verification inside {path} is not valid: {error}; export it again"
+        ) from error
 
 
 def _verification_line(verification: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from infer_tf.classifier import TFAudioClassifier
 from models_zoo import metrics
 from models_zoo.audio import load_audio
 from models_zoo.dataset import Dataset, Record
-from models_zoo.errors import DataError
+from models_zoo.errors import DataError, ModelFileError, WaveformError
 
 __all__ = ["Report", "evaluate", "report_lines"]
 
@@ -72,7 +72,7 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
         targets[row, [index[label] for label in record.labels]] = 1
     scores = np.stack(
         [
-            classifier.predict(_clip(classifier, record)).probabilities
+            _probabilities(classifier, record)
             for record in tqdm(dataset.records, unit="file", file=sys.stderr, disable=None)
         ]
     )
@@ -129,6 +129,15 @@ def _clip(classifier: TFAudioClassifier, record: Record) -> NDArray[np.float32]:
     if first >= len(waveform):
         raise DataError(f"{record.file}: the labelled stretch begins at {record.onset} s, after the recording's end")
     return waveform[first:last]
+
+
+def _probabilities(classifier: TFAudioClassifier, record: Record) -> NDArray[np.float32]:
+    clip = _clip(classifier, record)
+    try:
+        return cast(NDArray[np.float32], classifier.predict(clip).probabilities)
+    except (ModelFileError, WaveformError) as error:
+        error.args = (f"{record.file}: {error}",)
+        raise
 
 
 def report_lines(report: Report) -> Iterator[str]:

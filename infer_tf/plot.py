@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ def plot_prediction(
         OutputExistsError, OutputWriteError: the picture cannot be written.
     """
     figure = require_matplotlib()(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     if len(predictions) == 1:
         heard, answered = figure.subplots(1, 2, width_ratios=[2, 1])
         _draw_bars(answered, predictions[0], top)
@@ -156,9 +157,12 @@ def _draw_map(figure: Any, axes: Any, predictions: Sequence[Prediction], top: in
 
 
 def _short(label: str, limit: int = 28) -> str:
-    # A dollar sign would start a formula.
-    text = label if len(label) <= limit else label[: limit - 1] + "…"
-    return text.replace("$", r"\$")
+    return _plain(label if len(label) <= limit else label[: limit - 1] + "…")
+
+
+def _plain(text: str) -> str:
+    """Return ``text`` so that matplotlib draws it as it is: a dollar sign would start a formula."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
 
 
 def plot_confusion(
@@ -187,7 +191,7 @@ def plot_confusion(
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("answer")
     axes.set_ylabel("truth")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_plain(title), fontsize=10)
     if len(labels) <= 30:
         for row, column in np.argwhere(matrix > 0):
             colour = "white" if share[row, column] > 0.5 else "black"
@@ -197,5 +201,7 @@ def plot_confusion(
 
 
 def _save(figure: Any, path: str | Path, force: bool) -> None:
-    with replacing(path, force=force) as partial:
+    with replacing(path, force=force) as partial, warnings.catch_warnings():
+        # Names in scripts that the font does not know are drawn as boxes.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         figure.savefig(partial, dpi=150)

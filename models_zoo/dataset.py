@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -350,7 +351,7 @@ def read_dataset(
         DataError: no such folder, nothing recognised in it, missing columns, rows or files; names the row or file.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: no such folder; give a folder of class folders, or one with a metadata.csv")
     if path.is_file():
         dataset = _read_table(path)

@@ -42,6 +42,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _partial_name(path: Path) -> str:
+    return f".{path.name}.{os.getpid()}.partial{path.suffix}"
+
+
 def check_writable(path: str | Path, *, force: bool = False) -> Path:
     """Return ``path`` once it is known that a result may be written there.
 
@@ -52,14 +56,20 @@ def check_writable(path: str | Path, *, force: bool = False) -> Path:
         OutputWriteError: its folder cannot be made or ``path`` is a folder.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputWriteError(f"cannot write {path}: it is a folder; name a file inside it")
-    if path.exists() and not force:
+    if os.path.exists(path) and not force:
         raise OutputExistsError(f"{path} exists; pass --force (force=True) to replace it, or choose another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputWriteError(f"cannot make the folder {path.parent}: {error.strerror or error}") from error
+    try:
+        os.lstat(path.with_name(_partial_name(path)))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise OutputWriteError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     if not os.access(path.parent, os.W_OK):
         raise OutputWriteError(f"cannot write into {path.parent}: no permission; choose another folder")
     return path
@@ -78,7 +88,7 @@ def replacing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """
     path = check_writable(path, force=force)
     _remove_abandoned(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(_partial_name(path))
     try:
         yield partial
         with open(partial, "rb") as written:
@@ -100,11 +110,11 @@ def check_folder_writable(path: str | Path, *, force: bool = False) -> Path:
         OutputWriteError: ``path`` is a file, or its parent cannot be made or written to.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise OutputWriteError(f"cannot write the folder {path}: a file of that name exists")
-    if path.is_dir() and any(path.iterdir()) and not force:
+    if os.path.isdir(path) and any(path.iterdir()) and not force:
         raise OutputExistsError(f"{path} exists; pass --force (force=True) to replace it, or choose another name")
-    check_writable(path / "x" if path.is_dir() else path, force=True)
+    check_writable(path / "x" if os.path.isdir(path) else path, force=True)
     return path
 
 

@@ -216,6 +216,8 @@ def test_one_window_is_the_whole_prediction(classifier, wav):
         (1, 1e-9, WaveformError, "range"),
         (math.nan, 1, WaveformError, "range"),
         (1, math.inf, WaveformError, "range"),
+        (1e308, 1, WaveformError, "range"),
+        (1, 10**400, WaveformError, "range"),
         ("1", 1, WaveformError, "range"),
         (True, 1, WaveformError, "range"),
     ],
@@ -293,10 +295,24 @@ def test_samples_beyond_any_range_are_an_error_not_an_answer(classifier):
         classifier.predict(np.full(RATE, 1e30, np.float32) * noise(1))
 
 
+def test_an_array_that_cannot_be_read_is_a_typed_error(classifier):
+    class Tensor:
+        def __array__(self, *arguments, **options):
+            raise RuntimeError("requires grad; use detach()")
+
+    for source in (Tensor(), [Tensor()]):
+        with pytest.raises(WaveformError, match=r"Tensor.*use detach"):
+            classifier.predict(source)
+
+
 def test_warmup_and_close(model_path):
     built = TFAudioClassifier(model_path, threads=1)
     built.warmup()
     built.warmup(seconds=0.1)
+    built.warmup(seconds=np.float32(0.1))
+    for seconds in (0, -1, math.nan, 1e308, 10**400, "1", True):
+        with pytest.raises(WaveformError, match="seconds: got"):
+            built.warmup(seconds=seconds)
     built.close()
     built.close()
     for use in (built.predict, built.embed, built.predict_windows):

@@ -20,6 +20,7 @@ import soundfile
 
 from infer_tf import cli
 from models_zoo import registry
+from models_zoo.cards import CARD_KEY, VERIFICATION_KEY
 from models_zoo.presets import get_frontend
 from models_zoo.reference import ReferenceFrontend
 from parity_tests.infer_tf.conftest import RATE, noise
@@ -200,6 +201,8 @@ def test_a_progress_bar_shows_on_a_terminal(model_path, wav, tmp_path):
     os.close(leader)
 
 
+LONG = "n" * 300
+
 BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "required: COMMAND"),
     "unknown command": (["predikt"], "invalid choice"),
@@ -215,7 +218,20 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     "threads 0": (["predict", "MODEL", "clip.wav", "--threads", "0"], "threads: got 0"),
     "unknown device": (["predict", "MODEL", "clip.wav", "--device", "tpu"], "unknown device 'tpu'"),
     "no cuda here": (["predict", "MODEL", "clip.wav", "--device", "cuda"], "infer-gpu"),
-    "unknown model": (["predict", "no-such-model", "clip.wav"], "unknown shipped model 'no-such-model'"),
+    "unknown model": (["predict", "no-such-model", "clip.wav"], "unknown model 'no-such-model'"),
+    "misspelt model": (["predict", "mn10_az", "clip.wav"], "did you mean 'mn10_as'"),
+    "model is a device": (["predict", "/dev/zero", "clip.wav"], "/dev/zero is no regular file"),
+    "verification is no JSON": (["info", "verified.onnx"], "record of verification"),
+    "top of 5000 digits": (["predict", "MODEL", "clip.wav", "--top", "9" * 5000], "at least 1"),
+    "window 1e308": (["predict", "MODEL", "clip.wav", "--window", "1e308"], "expected seconds"),
+    "hop 1e308": (["predict", "MODEL", "clip.wav", "--window", "0.5", "--hop", "1e308"], "expected seconds"),
+    "long name of an input": (["predict", "MODEL", f"{LONG}.wav"], "too long"),
+    "long name of a manifest": (["predict", "MODEL", f"{LONG}.csv", "-o", "x.csv"], "too long"),
+    "long name of a table": (["predict", "MODEL", "clip.wav", "-o", f"{LONG}.csv"], "too long"),
+    "long name of a picture": (["predict", "MODEL", "clip.wav", "--plot", f"{LONG}.png"], "too long"),
+    "name too long once partial": (["predict", "MODEL", "clip.wav", "--plot", "n" * 245 + ".png"], "too long"),
+    "long name of data": (["evaluate", "MODEL", "--data", LONG], "no such folder"),
+    "long name of a front end": (["export-frontend", "yamnet", "-o", LONG], "too long"),
     "missing model": (["predict", "missing.onnx", "clip.wav"], "missing.onnx does not exist"),
     "model is audio": (["predict", "clip.wav", "clip.wav"], "is not an ONNX file"),
     "model is empty": (["predict", "empty.onnx", "clip.wav"], "is empty"),
@@ -285,6 +301,9 @@ def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.onnx").touch()
     (folder / "truncated.onnx").write_bytes(tiny_model()[:-100])
     (folder / "cardless.onnx").write_bytes(with_metadata(tiny_proto(), {}))
+    (folder / "verified.onnx").write_bytes(
+        with_metadata(tiny_proto(), {CARD_KEY: tiny_card().to_json(), VERIFICATION_KEY: '{"worst": NaN}'})
+    )
     (folder / "labels.onnx").write_bytes(tiny_model(tiny_card(), classes=5))
     onnx.save_model(
         tiny_proto(),
@@ -342,6 +361,28 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(run, model_path, wav, tmp_pa
     line = refused(run("predict", model_path, path, "-o", tmp_path / "out" / "x.csv"))
     assert "No space left on device" in line
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_standard_output_on_a_full_disk_is_one_line():
+    command = [sys.executable, "-m", "infer_tf.cli", "models"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True, timeout=60)
+    assert process.returncode == 2
+    assert process.stderr == "crossfade: error: cannot read or write: No space left on device\n"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_names_that_are_no_utf8_keep_their_row(suffix, run, model_path, wav, tmp_path):
+    wav("plain.wav").rename(tmp_path / "\udcff.wav")
+    assert run("predict", model_path, tmp_path, "-o", tmp_path / f"x.{suffix}").code == 0
+    assert "\\udcff.wav" in (tmp_path / f"x.{suffix}").read_text("utf-8")
+
+
+def test_a_failed_clip_among_several_is_named(run, model_path, wav):
+    short = wav("short.wav", seconds=0.01)
+    result = run("predict", model_path, wav(), short)
+    assert result.code == 1
+    assert f"{short}: the clip has 320 samples" in result.err
 
 
 def test_a_closed_pipe_is_quiet(model_path, wav):
@@ -423,6 +464,20 @@ def test_evaluate_measures_labelled_recordings(run, model_path, tmp_path):
     table = run("evaluate", model_path, "--data", tmp_path / "data", "--split", "all").out
     assert "accuracy           0.8333" in table
     assert "class" in table
+
+
+def test_evaluate_names_a_clip_that_is_too_short(run, model_path, wav, tmp_path):
+    wav("clap/short.wav", seconds=0.01)
+    line = refused(run("evaluate", model_path, "--data", tmp_path, "--split", "all"))
+    assert "clap/short.wav: the clip has 320 samples" in line
+
+
+@pytest.mark.parametrize("name", ["a$b^{$c.wav", "音.wav", "\udcff.wav"])
+def test_a_picture_of_a_file_of_any_name(name, run, model_path, wav, tmp_path):
+    clip = wav("plain.wav").rename(tmp_path / name)
+    result = run("predict", model_path, clip, "--plot", tmp_path / "x.png")
+    assert result.code == 0, result.err
+    assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 def test_evaluate_several_labels(run, tmp_path):
