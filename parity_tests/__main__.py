@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the comparison; return 0 if the paths agree, 1 if not, 2 on bad usage."""
     options = parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # One clip at a time: on a shared machine a second thread waits, spinning, more than it works.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from models_zoo.errors import AudioClassifierError
     from parity_tests.parity import run_parity
 

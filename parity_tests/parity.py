@@ -289,7 +289,7 @@ def run_parity(
     )
     if limit is not None and len(records) > limit:
         records = [records[round(i)] for i in np.linspace(0, len(records) - 1, limit)]
-    with TFAudioClassifier(onnx) as production:
+    with TFAudioClassifier(onnx, threads=1) as production:
         return _run(research, production, records, progress)
 
 
