@@ -56,6 +56,8 @@ def _read(model: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
         if size > _MAX_BYTES:
             raise ModelFileError(f"{path} has {size} bytes; an ONNX model in one file has at most {_MAX_BYTES}")
         return path.read_bytes(), str(path)
+    except ModelFileError:
+        raise
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist; expected an ONNX file written by export/pt2onnx.py") from None
     except IsADirectoryError:

@@ -220,7 +220,7 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     "no cuda here": (["predict", "MODEL", "clip.wav", "--device", "cuda"], "infer-gpu"),
     "unknown model": (["predict", "no-such-model", "clip.wav"], "unknown model 'no-such-model'"),
     "misspelt model": (["predict", "mn10_az", "clip.wav"], "did you mean 'mn10_as'"),
-    "model is a device": (["predict", "/dev/zero", "clip.wav"], "/dev/zero is no regular file"),
+    "model is a device": (["predict", "/dev/zero", "clip.wav"], "error: /dev/zero is no regular file"),
     "verification is no JSON": (["info", "verified.onnx"], "record of verification"),
     "top of 5000 digits": (["predict", "MODEL", "clip.wav", "--top", "9" * 5000], "at least 1"),
     "window 1e308": (["predict", "MODEL", "clip.wav", "--window", "1e308"], "expected seconds"),
