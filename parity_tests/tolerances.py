@@ -83,9 +83,11 @@ LOG = FeatureLimit(5e-4, 5e-2, 2e-3, 5e-5)
 # Filled frames and digital silence are constants.
 FILLER = 1e-6
 
-# |a - b| / max(1, standard deviation of the reference logits).
+# |a - b| / max(1, standard deviation of the reference logits). Worst of 2,200 real clips through both shipped models:
+# 2.6e-6 (digits-mn), the features' rounding carried through the network.
 LOGITS = 1e-4
 
+# Worst of the same clips: 1.2e-6.
 PROBABILITIES = 1e-4
 
 # NumPy's float64 recipes against the published float32 ones (window values; mel weights relative to the largest).
