@@ -77,7 +77,7 @@ class UnknownNameError(AudioClassifierError, ValueError):
     """A name that is not registered; the message lists the nearest ones."""
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
-        names = sorted(known)
+        names = sorted(set(known))
         near = difflib.get_close_matches(str(name).lower(), names, n=4, cutoff=0.5)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"known: {', '.join(names)}."
         super().__init__(f"unknown {kind} {name!r}; {hint}")
