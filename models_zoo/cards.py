@@ -44,7 +44,7 @@ class _Part(Declaration):
     error: ClassVar[type[CardError]] = CardError
 
 
-Axes = Annotated[Sequence[Annotated[str, Field(pattern=r"^([A-Za-z_]\w*|[1-9][0-9]{0,8})$")]], Field(min_length=1)]
+Axes = Annotated[Sequence[Annotated[str, Field(pattern=r"^([A-Za-z_]\w*|[0-9]{1,9})$")]], Field(min_length=1)]
 """Names of axes; a whole number in ASCII digits is a fixed size."""
 
 
