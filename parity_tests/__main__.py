@@ -9,6 +9,12 @@ import sys
 from pathlib import Path
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number, 1 or more")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
     arguments = argparse.ArgumentParser(
@@ -17,11 +23,11 @@ def parser() -> argparse.ArgumentParser:
         "recordings, from the file to the decision, and name the first stage that departs.",
         epilog="Exit code: 0 they agree, 1 they do not, 2 bad usage.",
     )
-    arguments.add_argument("--onnx", type=Path, required=True, help="exported model")
+    arguments.add_argument("--onnx", required=True, help="exported model, or the name of a shipped one")
     arguments.add_argument("--checkpoint", type=Path, required=True, help="the .safetensors it was exported from")
     arguments.add_argument("--data", type=Path, required=True, help="labelled folder")
     arguments.add_argument("--split", choices=("train", "validation", "test"), help="keep this split only")
-    arguments.add_argument("--limit", type=int, help="compare at most this many clips, evenly spaced")
+    arguments.add_argument("--limit", type=_count, help="compare at most this many clips, evenly spaced")
     arguments.add_argument("--json", action="store_true", help="print the report as JSON")
     return arguments
 

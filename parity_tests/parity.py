@@ -6,7 +6,7 @@ Both start from the file. The report names the first stage that departs and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from models_zoo.audio import load_audio
 from models_zoo.cards import ModelCard
 from models_zoo.dataset import read_dataset
 from models_zoo.decoding import decode, legal_segments
-from models_zoo.errors import AudioClassifierError
+from models_zoo.errors import AudioClassifierError, CardError
 from models_zoo.filterbanks import analysis_tables
 from models_zoo.prediction import Prediction
 from models_zoo.reference import ReferenceFrontend
@@ -105,7 +105,8 @@ class ParityReport:
             if self.accuracy is None
             else dict(zip(("torch", "production"), self.accuracy, strict=True)),
             "unreadable": [dict(zip(("clip", "reason"), row, strict=True)) for row in self.unreadable],
-            "stages": [vars(stage) for stage in self.stages],
+            # JSON has no infinity: a stage that cannot be measured, e.g. for its shape, has no number.
+            "stages": [{**vars(stage), "worst": _finite(stage.worst)} for stage in self.stages],
         }
 
     def __str__(self) -> str:
@@ -154,7 +155,7 @@ class TorchPath:
 
 def _frontend_of(card: ModelCard) -> FrontendSpec:
     if card.frontend is None:
-        raise ValueError(f"card {card.name!r} has no front end, so there is no feature stage to compare")
+        raise CardError(f"card {card.name!r} has no front end, so there are no features to compare", field="frontend")
     return card.frontend
 
 
@@ -272,7 +273,7 @@ def run_parity(
     """Return how far production departs from research on a folder of recordings, from the file to the decision.
 
     Args:
-        onnx: exported model.
+        onnx: exported model, or the name of a shipped one.
         checkpoint: the ``.safetensors`` it came from.
         data: labelled folder (see DESIGN.md section 5); labels that the model does not know are not scored.
         split: keep this split only.
@@ -306,26 +307,39 @@ def _run(research: TorchPath, production: TFAudioClassifier, records: Sequence[A
         except AudioClassifierError as error:
             unreadable.append((clip, str(error)))
             continue
-        served = load_audio(record.file, _frontend_of(production.card))
-        same = waveform.shape == served.shape and bool((waveform == served).all())
-        reports["decode"].add(
-            clip, 0.0 if same else np.inf, "bit-equal" if same else f"{waveform.size} against {served.size} samples"
-        )
-        segments = legal_segments(waveform, research.card)
-        stages = compare_stages(
-            research.spec,
-            segments,
-            research.frontend.stages(torch.from_numpy(segments)),
-            production.frontend.stages(segments),
-            actual_spec=_frontend_of(production.card),
-            limit=limit,
-        )
-        for name, ratio, detail in stages:
-            reports[name].add(clip, ratio, detail)
-        tf_says = production.predict(record.file)
+        try:
+            for name, ratio, detail in _seams(research, production, record.file, waveform, limit):
+                reports[name].add(clip, ratio, detail)
+            tf_says = production.predict(record.file)
+        except AudioClassifierError as error:
+            reports["decode"].add(clip, np.inf, f"production refuses it: {error}")
+            continue
         rows.append((clip, torch_says, tf_says, record.labels))
     changed = _score(rows, research.card, reports)
     return ParityReport(list(reports.values()), len(rows), changed, _accuracy(rows, research.card), unreadable)
+
+
+def _seams(
+    research: TorchPath, production: TFAudioClassifier, file: Path, waveform: NDArray[np.float32], limit: FeatureLimit
+) -> Iterator[tuple[str, float, str]]:
+    """Yield (stage, difference / limit, detail) of one recording for every seam before the network."""
+    theirs = _frontend_of(production.card)
+    served = load_audio(file, theirs)
+    same = waveform.shape == served.shape and bool((waveform == served).all())
+    yield "decode", 0.0 if same else np.inf, "bit-equal" if same else f"{waveform.size} against {served.size} samples"
+    segments = legal_segments(waveform, research.card)
+    yield from compare_stages(
+        research.spec,
+        segments,
+        research.frontend.stages(torch.from_numpy(segments)),
+        production.frontend.stages(segments),
+        actual_spec=theirs,
+        limit=limit,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def _score(

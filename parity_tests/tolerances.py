@@ -1,7 +1,7 @@
 """Every tolerance of the suite, by stage, with the worst value measured and the reason.
 
 Loosening one needs a line in CHANGELOG.md. "Worst" is the largest value seen on x86-64 Linux with torch 2.11,
-TensorFlow 2.21 and onnxruntime 1.31; ``python -m parity_tests.measure`` prints them anew.
+TensorFlow 2.21 and onnxruntime 1.31.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ GOLDEN_FEATURES: dict[str, FeatureLimit] = {
 PATHS_FEATURES: dict[str, FeatureLimit] = {
     "efficientat": FeatureLimit(5e-4, 1e-2, 2e-6),
     "panns": FeatureLimit(2e-3, 5e-2, 3e-4),
+    # The shorter windows at 16 and 8 kHz leave more bins 100 dB down, where both paths are equally far from float64
+    # (on the worst real clip torch 5.5e-4 dB, TensorFlow 4.9e-4 dB, apart 5.4e-4 dB). Within 60 dB the mean is below
+    # 1e-5 dB, so that limit is the sharp one.
+    "panns_low_rate": FeatureLimit(2e-3, 5e-2, 1e-3, 5e-5),
     "dcase_crnn": FeatureLimit(5e-4, 1e-2, 5e-5),
     "cav_mae": FeatureLimit(5e-4, 1e-2, 1e-5),
     "mrms_mac": FeatureLimit(5e-4, 2e-2, 2e-4, 2e-5),
@@ -58,7 +62,8 @@ def paths_limit(spec: FrontendSpec) -> FeatureLimit:
     name = next((name for name in list_frontends() if get_frontend(name) == spec), "")
     systems = {
         "efficientat": "efficientat",
-        "panns": "panns",
+        "panns_32k": "panns",
+        "panns": "panns_low_rate",
         "dcase": "dcase_crnn",
         "cav_mae": "cav_mae",
         "mrms": "mrms_mac",

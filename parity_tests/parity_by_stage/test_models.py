@@ -11,6 +11,7 @@ import soundfile
 
 from export.exporter import export_onnx
 from infer_tf import TFAudioClassifier
+from models_zoo.cards import LengthPolicy
 from models_zoo.dataset import read_dataset
 from models_zoo.presets import get_frontend
 from models_zoo.registry import list_shipped, shipped_model
@@ -132,3 +133,26 @@ def test_shipped_models_reach_their_bar_on_the_test_split(name: str, bar: float,
     assert len(right) == {"digits-mn": 200, "instruments-mn": 50}[name]
     assert np.mean(right) == pytest.approx(stated, abs=1e-9)
     assert np.mean(right) >= bar
+
+
+def test_a_clip_only_production_refuses_fails_the_run(
+    exported: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint, _, data = exported
+    loaded = load_checkpoint(checkpoint)
+    strict = loaded.card.replace(length_policy=LengthPolicy(min=64000))
+    onnx = tmp_path / "strict.onnx"
+    export_onnx(loaded.model, strict, onnx)
+    arguments = ["--onnx", str(onnx), "--checkpoint", str(checkpoint), "--data", str(data), "--limit", "2", "--json"]
+    assert main(arguments) == 1
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert report["first_failure"] == "decode"
+    assert report["stages"][0]["worst"] is None
+    assert "production refuses it" in report["stages"][0]["detail"]
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "many"])
+def test_a_senseless_limit_is_bad_usage(limit: str) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["--onnx", "a", "--checkpoint", "b", "--data", "c", "--limit", limit])
+    assert refused.value.code == 2
