@@ -193,8 +193,9 @@ def _soundscapes(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    for name in list_recipes():
-        sys.stdout.write(f"{name:<14}{get_recipe(name).description}\n")
+    names = list_recipes()
+    for name in names:
+        sys.stdout.write(f"{name:<{max(map(len, names))}}  {get_recipe(name).description}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
