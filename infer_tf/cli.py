@@ -458,35 +458,33 @@ def _verification_line(verification: Any) -> str:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    from fnmatch import fnmatch
 
     from models_zoo.registry import get_card, list_models, list_shipped
 
-    pattern = arguments.pattern.lower()
-    rows: list[dict[str, Any]] = [
-        {"name": name, "shipped": True, "file": None, "mAP": None} for name in list_shipped() if fnmatch(name, pattern)
-    ]
-    for name in list_models(pattern):
+    shipped = set(list_shipped())
+    rows: list[dict[str, Any]] = []
+    for name in sorted(list_models(arguments.pattern), key=lambda name: (name not in shipped, name)):
         card = get_card(name)
-        checkpoint = card.checkpoint
         rows.append(
             {
                 "name": name,
-                "shipped": False,
-                "file": None if checkpoint is None else checkpoint.file,
+                "shipped": name in shipped,
+                "file": None if card.checkpoint is None else card.checkpoint.file,
                 "mAP": card.metrics.get("mAP"),
+                "test_accuracy": card.metrics.get("test_accuracy"),
             }
         )
     if not rows:
-        known = [*list_shipped(), *list_models()]
-        raise DataError(f"no model matches {arguments.pattern!r}; there are {len(known)}, see crossfade models")
+        raise DataError(f"no model matches {arguments.pattern!r}; there are {len(list_models())}, see crossfade models")
     if arguments.json:
         print("\n".join(json.dumps(row) for row in rows))
         return 0
     width = max(len(row["name"]) for row in rows)
     for row in rows:
-        score = "" if row["mAP"] is None else f"mAP {row['mAP']:.3f}"
-        note = "ships; load it by name" if row["shipped"] else f"{row['file'] or '':<40}  {score}"
+        measured = [(key, row[key]) for key in ("mAP", "test_accuracy") if row[key] is not None]
+        score = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in measured)
+        note = "ships; load it by name" if row["shipped"] else row["file"] or ""
+        note = f"{note:<40}  {score}"
         print(f"{row['name']:<{width}}  {note}".rstrip())
     return 0
 

@@ -10,11 +10,11 @@ import pytest
 import soundfile
 
 from export.exporter import export_onnx
-from infer_tf import TFAudioClassifier
+from infer_tf import OnnxSession, TFAudioClassifier
 from models_zoo.cards import LengthPolicy
 from models_zoo.dataset import read_dataset
 from models_zoo.presets import get_frontend
-from models_zoo.registry import list_shipped, shipped_model
+from models_zoo.registry import get_card, list_shipped, shipped_model
 from models_zoo.soundscapes import CLASSES, write_soundscapes
 from parity_tests.__main__ import main
 from parity_tests.parity import run_parity
@@ -107,6 +107,12 @@ SHIPPED = {"digits-mn": "fsdd", "instruments-mn": "instruments"}
 
 def test_every_shipped_model_has_its_recordings_named() -> None:
     assert sorted(SHIPPED) == list_shipped()
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_the_card_in_the_zoo_is_the_one_inside_the_shipped_files(name: str) -> None:
+    onnx = shipped_model(name)
+    assert get_card(name) == OnnxSession(onnx).card == load_checkpoint(onnx.with_suffix(".safetensors")).card
 
 
 @pytest.mark.real_data
