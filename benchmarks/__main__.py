@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     verdict = "Every bar is met." if not missed else "Bars missed:\n\n" + "\n".join(f"- {entry}" for entry in missed)
     print(f"\n{verdict}")
     if arguments.write:
-        heading = "# Results of `python -m benchmarks`\n\nCPU time of one thread unless a table says otherwise.\n\n"
+        heading = (
+            "# Results of `python -m benchmarks`\n\nWall time on one thread, the least of many interleaved calls.\n\n"
+        )
         sections = "\n".join(report.markdown() for report in reports)
         RESULTS.write_text(f"{heading}{machine}\n\n{sections}\n{verdict}\n", encoding="utf-8")
     return 1 if missed else 0

@@ -1,4 +1,4 @@
-"""Timing that survives a shared machine: CPU time, interleaved, the minimum of many."""
+"""Timing that survives a shared machine: interleaved calls, the minimum of many."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ __all__ = ["describe_machine", "interleaved"]
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], *, seconds: float, warmups: int = 3) -> dict[str, float]:
-    """Return the least CPU time of each of ``calls`` in milliseconds.
+    """Return the least wall time of each of ``calls`` in milliseconds.
 
     The calls take turns until ``seconds`` of wall time are over (each at least five times), so that whatever else
-    the machine does hits all of them alike. CPU time counts every thread of the process.
+    the machine does hits all of them alike. Not CPU time: the clock of a process lags behind its other threads, and
+    TensorFlow computes in one of its own, so the least CPU time of many calls comes out too small for it alone.
     """
     for _ in range(warmups):
         for call in calls.values():
@@ -29,9 +30,9 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], *, seconds: float, warmu
     rounds = 0
     while rounds < 5 or time.monotonic() < end:
         for name, call in calls.items():
-            start = time.process_time()
+            start = time.perf_counter()
             call()
-            best[name] = min(best[name], time.process_time() - start)
+            best[name] = min(best[name], time.perf_counter() - start)
         rounds += 1
     return {name: 1e3 * value for name, value in best.items()}
 
