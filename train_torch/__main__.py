@@ -160,7 +160,7 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from train_torch.train import evaluate
+    from train_torch.evaluation import evaluate
 
     _set_threads(options.threads)
     evaluation = evaluate(

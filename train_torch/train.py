@@ -1,4 +1,4 @@
-"""Training and evaluation on Lightning: from a data folder and a recipe to a run folder with finished checkpoints.
+"""Training on Lightning: from a data folder and a recipe to a run folder with finished checkpoints.
 
 A run folder holds, in the order they appear: ``recipe.json``, ``split.csv``, ``metrics.csv`` (a row per epoch),
 ``state.ckpt`` (everything a resumed run needs), ``model.safetensors`` (best epoch so far), and at the end
@@ -20,9 +20,8 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,27 +31,23 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from models_zoo import metrics
 from models_zoo.cards import LengthPolicy, ModelCard
 from models_zoo.dataset import Dataset, Group, read_dataset
-from models_zoo.decoding import probabilities_of
 from models_zoo.errors import CheckpointError, DataError, DeviceError, MissingDependencyError, OutputExistsError
 from models_zoo.files import check_writable, replacing
 from models_zoo.presets import get_frontend
-from train_torch.augment import draw_mixing
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
-from train_torch.data import Batch, ClipData, ClipDataModule, count_table, evaluation_loader, split_dataset
-from train_torch.frontend import MelJitter, SpecMasks, TorchFrontend
-from train_torch.losses import clip_loss
+from train_torch.classifier import Classifier
+from train_torch.data import ClipData, ClipDataModule, count_table, split_dataset
+from train_torch.evaluation import Device, accelerator_of, score_clips
 from train_torch.models import create_model, new_card
 from train_torch.plots import plot_confusion, plot_learning_curves
 from train_torch.recipes import Recipe
 
-__all__ = ["Classifier", "Evaluation", "evaluate", "fit", "score_clips"]
+__all__ = ["fit"]
 
 _log = logging.getLogger(__name__)
 
@@ -62,231 +57,6 @@ _OWN_FILES = (
     "recipe.json", "split.csv", "metrics.csv", _STATE, "model.safetensors", "last.safetensors", _REPORT,
     "learning_curves.png", "confusion_validation.png", "confusion_test.png",
 )  # fmt: skip
-
-Device = Literal["auto", "cpu", "cuda"]
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """Scores of every clip of a split, and what follows from them.
-
-    Attributes:
-        task: ``single_label`` or ``multi_label``.
-        labels: class names.
-        files: the clips, relative to their data folder.
-        targets: ``(num_clips, num_classes)`` float32, 0 or 1.
-        probabilities: ``(num_clips, num_classes)`` float32 in [0, 1].
-        loss: mean over the clips.
-    """
-
-    task: str
-    labels: tuple[str, ...]
-    files: tuple[str, ...]
-    targets: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
-    loss: float
-
-    def metrics(self) -> dict[str, float]:
-        """Return name -> value: accuracy and balanced accuracy, or mAP and mean ROC AUC; and the loss."""
-        if self.task == "single_label":
-            truth, answer = self.targets.argmax(axis=1), self.probabilities.argmax(axis=1)
-            values = {
-                "accuracy": metrics.accuracy(truth, answer),
-                "balanced_accuracy": metrics.balanced_accuracy(truth, answer),
-            }
-        else:
-            values = {
-                "mean_average_precision": metrics.mean_average_precision(self.targets, self.probabilities),
-                "mean_roc_auc": metrics.mean_roc_auc(self.targets, self.probabilities),
-            }
-        return {name: float(value) for name, value in {**values, "loss": self.loss}.items()}
-
-    @property
-    def headline(self) -> str:
-        """Name of the metric that counts."""
-        return "accuracy" if self.task == "single_label" else "mean_average_precision"
-
-    def per_class(self) -> list[dict[str, Any]]:
-        """Return a row per class: clips, and recall and precision or average precision (None where undefined)."""
-        truth = self.targets > 0.5
-        rows: list[dict[str, Any]] = [
-            {"label": label, "clips": int(truth[:, i].sum())} for i, label in enumerate(self.labels)
-        ]
-        if self.task == "single_label":
-            answers = np.eye(len(self.labels), dtype=bool)[self.probabilities.argmax(axis=1)]
-            for i, row in enumerate(rows):
-                right = int((truth[:, i] & answers[:, i]).sum())
-                row["recall"] = right / row["clips"] if row["clips"] else None
-                row["precision"] = right / int(answers[:, i].sum()) if answers[:, i].any() else None
-        else:
-            for row, value in zip(rows, metrics.average_precision(self.targets, self.probabilities), strict=True):
-                row["average_precision"] = None if np.isnan(value) else float(value)
-        return rows
-
-    def confusion(self) -> NDArray[np.int64]:
-        """Return ``(num_classes, num_classes)`` counts, truth by answer."""
-        truth, answer = self.targets.argmax(axis=1), self.probabilities.argmax(axis=1)
-        return metrics.confusion_matrix(truth, answer, len(self.labels))
-
-    def mistakes(self) -> list[dict[str, Any]]:
-        """Return file, truth, answer and its probability of every clip answered wrongly (single label)."""
-        truth, answer = self.targets.argmax(axis=1), self.probabilities.argmax(axis=1)
-        return [
-            {
-                "file": self.files[i],
-                "label": self.labels[truth[i]],
-                "answer": self.labels[answer[i]],
-                "probability": float(self.probabilities[i, answer[i]]),
-            }
-            for i in np.flatnonzero(truth != answer)
-        ]
-
-    def table(self) -> str:
-        """Return the metrics and the per-class rows as text."""
-        lines = [f"{len(self.files)} clips"] + [f"{name:<24}{value:10.4f}" for name, value in self.metrics().items()]
-        rows = self.per_class()
-        columns = [name for name in rows[0] if name != "label"]
-        width = max(len(row["label"]) for row in rows) + 2
-        lines += ["", f"{'class':<{width}}" + "".join(f"{name:>20}" for name in columns)]
-        for row in rows:
-            cells = ["-" if row[name] is None else f"{row[name]:.3f}" for name in columns[1:]]
-            lines.append(f"{row['label']:<{width}}{row['clips']:>20}" + "".join(f"{cell:>20}" for cell in cells))
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready data."""
-        data: dict[str, Any] = {"clips": len(self.files), "metrics": self.metrics(), "classes": self.per_class()}
-        if self.task == "single_label":
-            data["mistakes"] = self.mistakes()
-        return data
-
-
-class Classifier(lightning.LightningModule):
-    """A model behind its front end, trained on batches of waveforms.
-
-    Args:
-        model: takes the front end's features by name, returns a dict; channels last in memory, which is faster.
-        card: of the model.
-        recipe: how to train it.
-        files: of the validation clips, in order.
-    """
-
-    def __init__(self, model: nn.Module, card: ModelCard, recipe: Recipe, files: tuple[str, ...] = ()) -> None:
-        super().__init__()
-        assert card.frontend is not None
-        settings = recipe.augmentation
-        self.card = card
-        self.recipe = recipe
-        self.files = files
-        self.model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self.frontend = TorchFrontend(
-            card.frontend,
-            mel_jitter=None if settings.mel_jitter is None else MelJitter(*settings.mel_jitter),
-            masks=None if settings.masks is None else SpecMasks(*settings.masks),
-            mix_at=settings.mixup_at,
-        )
-        if recipe.bn_momentum is not None:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.momentum = recipe.bn_momentum
-        self._scored: list[tuple[Batch, Tensor]] = []
-
-    def logits(self, waveform: Tensor, mixing: Any = None) -> Tensor:
-        """Return ``(batch, num_classes)`` for ``(batch, num_samples)`` waveforms."""
-        features = self.frontend(waveform, mixing)
-        output = self.card.clip_output()
-        assert output is not None
-        return cast(Tensor, self.model(**{self.card.inputs[0].name: features})[output.name])
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch; every draw follows from (seed, step, process)."""
-        rng = np.random.default_rng((self.recipe.seed, self.global_step, self.global_rank))
-        torch.manual_seed(int(rng.integers(2**62)))
-        settings, smoothing = self.recipe.augmentation, self.recipe.label_smoothing
-        waveform, targets = batch.waveform, batch.targets
-        size = len(waveform)
-        if settings.mix_probability:
-            mix = draw_mixing(size, rng, alpha=2.0, probability=settings.mix_probability, device=self.device)
-            waveform, targets = mix(waveform), mix(targets)
-        mixup = None
-        if settings.mixup_alpha:
-            mixup = draw_mixing(size, rng, alpha=settings.mixup_alpha, probability=1.0, device=self.device)
-            targets = mixup(targets)
-        loss = clip_loss(self.logits(waveform, mixup), targets, self.recipe.task, label_smoothing=smoothing)
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep the logits of a batch."""
-        self._scored.append((batch, self.logits(batch.waveform)))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of all validation clips; every process has scored all of them."""
-        evaluation = _collect(self._scored, self.card, self.files)
-        self._scored = []
-        values = evaluation.metrics()
-        for name, value in values.items():
-            self.log(f"val_{name}", value, sync_dist=True)
-        # A lower loss decides between equal metrics, which are common on small splits.
-        score = values[evaluation.headline] - 1e-3 * values["loss"] / (1 + values["loss"])
-        self.log("val_score", score, sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        """Return the recipe's optimiser and its schedule: linear warm-up, then a cosine."""
-        recipe = self.recipe
-        kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-        optimizer = kind(self.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        warmup = recipe.warmup_epochs * total / recipe.epochs
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            progress = (step - warmup) / max(total - warmup, 1)
-            return float(recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tuple[str, ...]) -> Evaluation:
-    """Return the evaluation of all clips from the logits of all batches; segments of a clip are averaged."""
-    index = torch.cat([batch.index for batch, _ in scored]).numpy()
-    targets = torch.cat([batch.targets for batch, _ in scored]).cpu()
-    logits = torch.cat([logits for _, logits in scored]).float().cpu()
-    if not torch.isfinite(logits).all():
-        raise CheckpointError(
-            f"model {card.name!r} answers with NaN or infinity: the training diverged; lower the learning rate (--lr), "
-            "or go back to an earlier checkpoint"
-        )
-    task = cast(Literal["single_label", "multi_label"], card.task)
-    loss = float(clip_loss(logits, targets, task))
-    output = card.clip_output()
-    assert output is not None
-    assert card.labels is not None
-    probabilities = probabilities_of(logits.numpy(), task=task, kind=output.kind)
-    clips, place, segments = np.unique(index, return_inverse=True, return_counts=True)
-    total = np.zeros((len(clips), probabilities.shape[1]), np.float32)
-    np.add.at(total, place, probabilities)
-    truth = np.zeros_like(total)
-    truth[place] = targets.numpy()
-    return Evaluation(
-        task=task,
-        labels=card.labels,
-        files=tuple(files[clip] for clip in clips),
-        targets=truth,
-        probabilities=total / segments[:, None].astype(np.float32),
-        loss=loss,
-    )
-
-
-def score_clips(model: nn.Module, card: ModelCard, data: ClipData, *, device: torch.device | str = "cpu") -> Evaluation:
-    """Return the evaluation of every clip of ``data`` at its own length, front end and model in evaluation mode."""
-    files = tuple(data.dataset.name_of(record) for record in data.dataset.records)
-    classifier = Classifier(model, card, data.recipe, files).eval().to(device)
-    with torch.inference_mode():
-        scored = [(batch, classifier.logits(batch.waveform.to(device))) for batch in evaluation_loader(data)]
-    return _collect(scored, card, files)
 
 
 class _AtomicCheckpointIO(TorchCheckpointIO):
@@ -388,19 +158,6 @@ def _expected_warnings() -> Iterator[None]:
         yield
 
 
-def _accelerator_of(device: Device) -> str:
-    """Return Lightning's name for ``device``.
-
-    Raises:
-        DeviceError: CUDA was asked for and is not there.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device 'cuda' was asked for, but torch finds no CUDA device; use --device cpu or auto")
-    if device == "auto":
-        return "gpu" if torch.cuda.is_available() else "cpu"
-    return "gpu" if device == "cuda" else "cpu"
-
-
 def fit(
     data: str | Path,
     out: str | Path,
@@ -449,7 +206,7 @@ def fit(
     chief = rank_zero_only.rank == 0
     if not chief:
         logging.getLogger("train_torch").setLevel(logging.WARNING)
-    accelerator = _accelerator_of(device)
+    accelerator = accelerator_of(device)
     there = torch.cuda.device_count() if accelerator == "gpu" else os.cpu_count() or 1
     if not 1 <= devices <= there:
         raise DeviceError(
@@ -672,46 +429,3 @@ def _finish(
     with replacing(folder / _REPORT, force=True) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
-
-
-def evaluate(
-    checkpoint: str | Path,
-    data: str | Path,
-    *,
-    card: str | None = None,
-    split: str | None = None,
-    split_by: Group | None = None,
-    hold_out: tuple[str, ...] = (),
-    device: Device = "auto",
-    progress: bool = True,
-) -> Evaluation:
-    """Return the evaluation of a checkpoint on labelled recordings, each clip at its own length.
-
-    Args:
-        checkpoint: ``.safetensors``, or a published file with ``card``.
-        data: folder or table.
-        card: name of the card where the file holds none.
-        split: one of the declared splits; None takes every clip.
-        split_by, hold_out: score the clips of these speakers or folds, whatever their split.
-        device: where to score.
-        progress: show bars.
-
-    Raises:
-        AudioClassifierError: bad data, checkpoint or device.
-    """
-    target = "cuda" if _accelerator_of(device) == "gpu" else "cpu"
-    loaded = load_checkpoint(checkpoint, card)
-    if loaded.card.labels is None or loaded.card.task not in ("single_label", "multi_label"):
-        raise CheckpointError(f"{checkpoint}: task {loaded.card.task!r} without clip labels cannot be evaluated")
-    dataset = read_dataset(data).by_file()
-    if hold_out and split_by is None:
-        raise DataError(f"holding out {', '.join(hold_out)} needs to know of what: split by 'speaker' or 'fold'")
-    if hold_out and split_by is not None:
-        dataset = dataset.split_by_group(split_by, held_out=hold_out).select("test")
-    dataset = dataset.select(split).with_labels(loaded.card.labels)
-    if loaded.card.task == "single_label" and dataset.is_multi_label:
-        raise DataError(f"{data}: some clips have several labels; model {loaded.card.name!r} answers with one")
-    recipe = Recipe(task=cast(Literal["single_label", "multi_label"], loaded.card.task))
-    return score_clips(
-        loaded.model, loaded.card, ClipData(dataset, loaded.card, recipe, progress=progress), device=target
-    )

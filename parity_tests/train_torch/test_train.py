@@ -29,9 +29,10 @@ from models_zoo.soundscapes import write_soundscapes
 from train_torch import train
 from train_torch.__main__ import main
 from train_torch.checkpoint import load_checkpoint
+from train_torch.evaluation import evaluate
 from train_torch.frontend import TorchFrontend
 from train_torch.recipes import Augmentation, Recipe
-from train_torch.train import evaluate, fit
+from train_torch.train import fit
 
 TINY = Recipe(
     model="mn01",

@@ -9,9 +9,9 @@ from models_zoo.dataset import read_dataset
 from models_zoo.decoding import legal_segments
 from models_zoo.registry import get_card, shipped_model
 from train_torch.checkpoint import load_checkpoint
+from train_torch.evaluation import evaluate
 from train_torch.frontend import TorchFrontend
 from train_torch.recipes import get_recipe
-from train_torch.train import evaluate
 
 SHIPPED = {"digits-mn": ("digits", "fsdd", 0.97), "instruments-mn": ("instruments", "instruments", 0.70)}
 

@@ -1,0 +1,226 @@
+"""Scores of labelled clips: what a model answers, and the metrics that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models_zoo import metrics
+from models_zoo.cards import ModelCard
+from models_zoo.dataset import Group, read_dataset
+from models_zoo.decoding import probabilities_of
+from models_zoo.errors import CheckpointError, DataError, DeviceError
+from train_torch.checkpoint import load_checkpoint
+from train_torch.data import Batch, ClipData, evaluation_loader
+from train_torch.frontend import TorchFrontend
+from train_torch.losses import clip_loss
+from train_torch.recipes import Recipe
+
+__all__ = ["Device", "Evaluation", "accelerator_of", "collect", "evaluate", "score_clips"]
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scores of every clip of a split, and what follows from them.
+
+    Attributes:
+        task: ``single_label`` or ``multi_label``.
+        labels: class names.
+        files: the clips, relative to their data folder.
+        targets: ``(num_clips, num_classes)`` float32, 0 or 1.
+        probabilities: ``(num_clips, num_classes)`` float32 in [0, 1].
+        loss: mean over the clips.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    files: tuple[str, ...]
+    targets: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+    loss: float
+
+    def metrics(self) -> dict[str, float]:
+        """Return name -> value: accuracy and balanced accuracy, or mAP and mean ROC AUC; and the loss."""
+        if self.task == "single_label":
+            truth, answer = self.targets.argmax(axis=1), self.probabilities.argmax(axis=1)
+            values = {
+                "accuracy": metrics.accuracy(truth, answer),
+                "balanced_accuracy": metrics.balanced_accuracy(truth, answer),
+            }
+        else:
+            values = {
+                "mean_average_precision": metrics.mean_average_precision(self.targets, self.probabilities),
+                "mean_roc_auc": metrics.mean_roc_auc(self.targets, self.probabilities),
+            }
+        return {name: float(value) for name, value in {**values, "loss": self.loss}.items()}
+
+    @property
+    def headline(self) -> str:
+        """Name of the metric that counts."""
+        return "accuracy" if self.task == "single_label" else "mean_average_precision"
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """Return a row per class: clips, and recall and precision or average precision (None where undefined)."""
+        truth = self.targets > 0.5
+        rows: list[dict[str, Any]] = [
+            {"label": label, "clips": int(truth[:, i].sum())} for i, label in enumerate(self.labels)
+        ]
+        if self.task == "single_label":
+            answers = np.eye(len(self.labels), dtype=bool)[self.probabilities.argmax(axis=1)]
+            for i, row in enumerate(rows):
+                right = int((truth[:, i] & answers[:, i]).sum())
+                row["recall"] = right / row["clips"] if row["clips"] else None
+                row["precision"] = right / int(answers[:, i].sum()) if answers[:, i].any() else None
+        else:
+            for row, value in zip(rows, metrics.average_precision(self.targets, self.probabilities), strict=True):
+                row["average_precision"] = None if np.isnan(value) else float(value)
+        return rows
+
+    def confusion(self) -> NDArray[np.int64]:
+        """Return ``(num_classes, num_classes)`` counts, truth by answer."""
+        truth, answer = self.targets.argmax(axis=1), self.probabilities.argmax(axis=1)
+        return metrics.confusion_matrix(truth, answer, len(self.labels))
+
+    def mistakes(self) -> list[dict[str, Any]]:
+        """Return file, truth, answer and its probability of every clip answered wrongly (single label)."""
+        truth, answer = self.targets.argmax(axis=1), self.probabilities.argmax(axis=1)
+        return [
+            {
+                "file": self.files[i],
+                "label": self.labels[truth[i]],
+                "answer": self.labels[answer[i]],
+                "probability": float(self.probabilities[i, answer[i]]),
+            }
+            for i in np.flatnonzero(truth != answer)
+        ]
+
+    def table(self) -> str:
+        """Return the metrics and the per-class rows as text."""
+        lines = [f"{len(self.files)} clips"] + [f"{name:<24}{value:10.4f}" for name, value in self.metrics().items()]
+        rows = self.per_class()
+        columns = [name for name in rows[0] if name != "label"]
+        width = max(len(row["label"]) for row in rows) + 2
+        lines += ["", f"{'class':<{width}}" + "".join(f"{name:>20}" for name in columns)]
+        for row in rows:
+            cells = ["-" if row[name] is None else f"{row[name]:.3f}" for name in columns[1:]]
+            lines.append(f"{row['label']:<{width}}{row['clips']:>20}" + "".join(f"{cell:>20}" for cell in cells))
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        data: dict[str, Any] = {"clips": len(self.files), "metrics": self.metrics(), "classes": self.per_class()}
+        if self.task == "single_label":
+            data["mistakes"] = self.mistakes()
+        return data
+
+
+def collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tuple[str, ...]) -> Evaluation:
+    """Return the evaluation of all clips from the logits of all batches; segments of a clip are averaged."""
+    index = torch.cat([batch.index for batch, _ in scored]).numpy()
+    targets = torch.cat([batch.targets for batch, _ in scored]).cpu()
+    logits = torch.cat([logits for _, logits in scored]).float().cpu()
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(
+            f"model {card.name!r} answers with NaN or infinity: the training diverged; lower the learning rate (--lr), "
+            "or go back to an earlier checkpoint"
+        )
+    task = cast(Literal["single_label", "multi_label"], card.task)
+    loss = float(clip_loss(logits, targets, task))
+    output = card.clip_output()
+    assert output is not None
+    assert card.labels is not None
+    probabilities = probabilities_of(logits.numpy(), task=task, kind=output.kind)
+    clips, place, segments = np.unique(index, return_inverse=True, return_counts=True)
+    total = np.zeros((len(clips), probabilities.shape[1]), np.float32)
+    np.add.at(total, place, probabilities)
+    truth = np.zeros_like(total)
+    truth[place] = targets.numpy()
+    return Evaluation(
+        task=task,
+        labels=card.labels,
+        files=tuple(files[clip] for clip in clips),
+        targets=truth,
+        probabilities=total / segments[:, None].astype(np.float32),
+        loss=loss,
+    )
+
+
+def score_clips(model: nn.Module, card: ModelCard, data: ClipData, *, device: torch.device | str = "cpu") -> Evaluation:
+    """Return the evaluation of every clip of ``data`` at its own length, front end and model in evaluation mode."""
+    assert card.frontend is not None
+    files = tuple(data.dataset.name_of(record) for record in data.dataset.records)
+    frontend = TorchFrontend(card.frontend).eval().to(device)
+    model = model.to(memory_format=torch.channels_last).eval().to(device)  # type: ignore[call-overload]
+    output = card.clip_output()
+    assert output is not None
+    scored: list[tuple[Batch, Tensor]] = []
+    with torch.inference_mode():
+        for batch in evaluation_loader(data):
+            features = frontend(batch.waveform.to(device))
+            scored.append((batch, model(**{card.inputs[0].name: features})[output.name]))
+    return collect(scored, card, files)
+
+
+def accelerator_of(device: Device) -> str:
+    """Return Lightning's name for ``device``.
+
+    Raises:
+        DeviceError: CUDA was asked for and is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device 'cuda' was asked for, but torch finds no CUDA device; use --device cpu or auto")
+    if device == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return "gpu" if device == "cuda" else "cpu"
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: str | Path,
+    *,
+    card: str | None = None,
+    split: str | None = None,
+    split_by: Group | None = None,
+    hold_out: tuple[str, ...] = (),
+    device: Device = "auto",
+    progress: bool = True,
+) -> Evaluation:
+    """Return the evaluation of a checkpoint on labelled recordings, each clip at its own length.
+
+    Args:
+        checkpoint: ``.safetensors``, or a published file with ``card``.
+        data: folder or table.
+        card: name of the card where the file holds none.
+        split: one of the declared splits; None takes every clip.
+        split_by, hold_out: score the clips of these speakers or folds, whatever their split.
+        device: where to score.
+        progress: show bars.
+
+    Raises:
+        AudioClassifierError: bad data, checkpoint or device.
+    """
+    target = "cuda" if accelerator_of(device) == "gpu" else "cpu"
+    loaded = load_checkpoint(checkpoint, card)
+    if loaded.card.labels is None or loaded.card.task not in ("single_label", "multi_label"):
+        raise CheckpointError(f"{checkpoint}: task {loaded.card.task!r} without clip labels cannot be evaluated")
+    dataset = read_dataset(data).by_file()
+    if hold_out and split_by is None:
+        raise DataError(f"holding out {', '.join(hold_out)} needs to know of what: split by 'speaker' or 'fold'")
+    if hold_out and split_by is not None:
+        dataset = dataset.split_by_group(split_by, held_out=hold_out).select("test")
+    dataset = dataset.select(split).with_labels(loaded.card.labels)
+    if loaded.card.task == "single_label" and dataset.is_multi_label:
+        raise DataError(f"{data}: some clips have several labels; model {loaded.card.name!r} answers with one")
+    recipe = Recipe(task=cast(Literal["single_label", "multi_label"], loaded.card.task))
+    return score_clips(
+        loaded.model, loaded.card, ClipData(dataset, loaded.card, recipe, progress=progress), device=target
+    )
