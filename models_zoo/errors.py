@@ -11,6 +11,7 @@
     │   └── ClipLengthError                 a clip is shorter or longer than the model allows
     ├── DataError (ValueError)              a data folder, manifest or label table is wrong
     ├── CheckpointError (ValueError)        a checkpoint is corrupt, unsafe or does not fit its card
+    ├── DownloadError (RuntimeError)        a published file could not be fetched; has a ``code``
     ├── ModelFileError (ValueError)         an ONNX file has no card, or disagrees with it
     ├── OutputExistsError (ValueError)      refusing to overwrite without ``force``
     ├── OutputWriteError (RuntimeError)     a result could not be written (disk full, no permission)
@@ -37,6 +38,7 @@ __all__ = [
     "ClosedError",
     "DataError",
     "DeviceError",
+    "DownloadError",
     "ExportError",
     "MissingDependencyError",
     "ModelFileError",
@@ -123,6 +125,19 @@ class DataError(AudioClassifierError, ValueError):
 
 class CheckpointError(AudioClassifierError, ValueError):
     """A checkpoint is corrupt, unsafe to unpickle, or does not fit its card."""
+
+
+class DownloadError(AudioClassifierError, RuntimeError):
+    """A published file could not be fetched; nothing of it was kept.
+
+    Attributes:
+        code: ``unreachable`` (no network, no answer in time), ``not_found`` (404), ``refused`` (any other status),
+            ``truncated``, ``not_weights`` (a web page, or anything else that is no checkpoint) or ``checksum``.
+    """
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class ModelFileError(AudioClassifierError, ValueError):
