@@ -55,7 +55,8 @@ def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = create_model(name, **options)
-        frames = 64 if model.declared.num_frames is None else model.declared.num_frames
+        time = model.inputs[0].axes[-1]
+        frames = int(time) if time.isdecimal() else 64
         features = noise_features(8, frames, model.declared.n_mels)
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]

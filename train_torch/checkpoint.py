@@ -21,7 +21,7 @@ from models_zoo.cards import CARD_KEY, ModelCard
 from models_zoo.errors import CardError, CheckpointError
 from models_zoo.files import replacing
 from models_zoo.registry import get_card
-from train_torch.models import Model, check_card, create_model
+from train_torch.models import Model, check_card, create_from_card
 
 __all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -106,8 +106,7 @@ def load_checkpoint(
             f"{path} holds no card, so nothing says which model it is; name one: load_checkpoint(path, 'mn10_as') "
             "(--model on the command line)"
         )
-    options = given.options if num_classes is None else {**given.options, "num_classes": num_classes}
-    model = create_model(given.architecture, **options)
+    model = create_from_card(given, **({} if num_classes is None else {"num_classes": num_classes}))
     replaced = _load_state(path, model, state, given.name, replace_head=num_classes is not None)
     model.eval()
     if num_classes is not None:

@@ -13,9 +13,10 @@ from models_zoo.errors import CardError, UnknownNameError
 from models_zoo.registry import get_card, list_models
 from models_zoo.schema import Declaration
 from models_zoo.specs import FrontendSpec
+from train_torch.models.efficientat_dymn import DyMN, DyMNOptions
 from train_torch.models.efficientat_mn import MN, MNOptions
 
-__all__ = ["Model", "check_card", "create_model", "list_architectures", "new_card"]
+__all__ = ["Model", "check_card", "create_from_card", "create_model", "list_architectures", "new_card"]
 
 
 class Model(Protocol):
@@ -23,6 +24,7 @@ class Model(Protocol):
 
     Attributes:
         inputs, outputs: of the graph, in order; ``forward`` takes the inputs by name and returns a dict of the outputs.
+        system: published system the family belongs to.
         options: JSON-ready dict with which :func:`create_model` builds the same network.
         head_prefix: of the state_dict entries behind the embedding.
         class_keys: those of them that belong to one class count, i.e. that fine-tuning to others replaces.
@@ -32,6 +34,7 @@ class Model(Protocol):
 
     inputs: tuple[ModelInput, ...]
     outputs: tuple[ModelOutput, ...]
+    system: str
     options: dict[str, Any]
     head_prefix: str
     class_keys: tuple[str, ...]
@@ -54,6 +57,8 @@ _ARCHITECTURES: dict[str, _Architecture] = {
         f"mn{tenths:02d}": _Architecture(MN, MNOptions, {"width": tenths / 10})
         for tenths in (1, 2, 4, 5, 10, 20, 30, 40)
     },
+    "dymn": _Architecture(DyMN, DyMNOptions, {}),
+    **{f"dymn{tenths:02d}": _Architecture(DyMN, DyMNOptions, {"width": tenths / 10}) for tenths in (4, 10, 20)},
 }
 
 
@@ -65,8 +70,7 @@ def list_architectures() -> list[str]:
 def _resolve(name: str, options: Mapping[str, Any]) -> tuple[_Architecture, Declaration]:
     """Return the architecture called ``name``, bare or published, and its complete options."""
     if name not in _ARCHITECTURES and name in list_models():
-        card = get_card(name)
-        return _resolve(card.architecture, {**card.options, **options})
+        return _resolve_card(get_card(name), options)
     if name not in _ARCHITECTURES:
         raise UnknownNameError("model", name, [*_ARCHITECTURES, *list_models()])
     architecture = _ARCHITECTURES[name]
@@ -77,6 +81,19 @@ def _resolve(name: str, options: Mapping[str, Any]) -> tuple[_Architecture, Decl
                 f"{key}: got {options[key]!r}; {name!r} stands for {key} {value!r}; leave it out, or choose "
                 f"{name.rstrip('0123456789')!r} to set it freely",
                 field=key,
+            )
+    return architecture, declared
+
+
+def _resolve_card(card: ModelCard, options: Mapping[str, Any]) -> tuple[_Architecture, Declaration]:
+    """Return the architecture of ``card`` and its complete options, with ``options`` in place of the card's."""
+    architecture, declared = _resolve(card.architecture, {**card.options, **options})
+    for fact in getattr(declared, "card_facts", ()):
+        if fact not in card.options:
+            raise CardError(
+                f"options.{fact}: missing on card {card.name!r}; no checkpoint stores it, and a wrong one answers "
+                f"wrongly without an error, so the card must state it: {type(declared).model_fields[fact].description}",
+                field=f"options.{fact}",
             )
     return architecture, declared
 
@@ -95,6 +112,21 @@ def create_model(name: str, num_classes: int | None = None, **options: Any) -> n
         CardError: an unknown or impossible option, named in ``field``.
     """
     architecture, declared = _resolve(name, options if num_classes is None else {**options, "num_classes": num_classes})
+    return architecture.build(declared)
+
+
+def create_from_card(card: ModelCard, **options: Any) -> nn.Module:
+    """Return a freshly initialised network as ``card`` describes it, in training mode.
+
+    Args:
+        card: of the model; its options must hold what no checkpoint stores (``card_facts`` of the options class).
+        **options: in place of the card's.
+
+    Raises:
+        UnknownNameError: no such architecture.
+        CardError: an unknown, impossible or missing option, named in ``field``.
+    """
+    architecture, declared = _resolve_card(card, options)
     return architecture.build(declared)
 
 
@@ -127,7 +159,7 @@ def new_card(
         fields["length_policy"] = _length_policy(described, frontend)
     card = ModelCard(
         name=name,
-        system=fields.pop("system", "crossfade"),
+        system=fields.pop("system", described.system),
         task=task,
         architecture=architecture,
         options=described.options,
@@ -162,7 +194,7 @@ def check_card(model: nn.Module, card: ModelCard) -> None:
         CardError: the first field that does not, with both values.
     """
     described = cast(Model, model)
-    architecture, declared = _resolve(card.architecture, card.options)
+    architecture, declared = _resolve_card(card, {})
     if architecture.build is not type(model) or declared.to_dict() != described.options:
         raise CardError(
             f"options: card {card.name!r} says {card.architecture!r} with {declared.to_dict()}; the model is "

@@ -10,24 +10,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial, reduce
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from functools import reduce
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models_zoo.cards import ModelInput, ModelOutput
-from models_zoo.errors import CardError, ClipLengthError, SpecError
+from models_zoo.errors import CardError, ClipLengthError
 from models_zoo.schema import Declaration
+from train_torch.models.mobilenet import (
+    InvertedResidual,
+    Strides,
+    blocks,
+    check_features,
+    conv_norm,
+    initialise,
+    interface,
+    make_divisible,
+    mlp_head,
+)
 
 __all__ = ["MN", "MNOptions"]
-
-Stride = Literal[1, 2]
-
-_BackboneNorm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
-"""BatchNorm of the backbone; the fully convolutional head keeps torch's own 1e-5 and 0.1."""
 
 
 class MNOptions(Declaration):
@@ -56,7 +61,7 @@ class MNOptions(Declaration):
     width: float = Field(default=1.0, gt=0)
     n_mels: int = Field(default=128, ge=1)
     num_frames: int | None = Field(default=None, ge=1)
-    strides: Annotated[tuple[Stride, Stride, Stride, Stride], Strict(False)] = (2, 2, 2, 2)
+    strides: Strides = (2, 2, 2, 2)
     reduced_tail: bool = False
     dilated: bool = False
     head: Literal["mlp", "fully_convolutional", "multihead_attention_pooling"] = "mlp"
@@ -89,70 +94,12 @@ class MNOptions(Declaration):
         return self.se_dims != "none" and "t" in self.se_dims
 
 
-class _Block(NamedTuple):
-    """One row of the published table, before scaling; ``excite``: squeeze-excitation, ``hard``: hardswish not ReLU."""
-
-    kernel: int
-    expanded: int
-    out: int
-    excite: bool
-    hard: bool
-    stride: int
-    dilation: int
-
-
-def _blocks(options: MNOptions) -> list[_Block]:
-    """Return the fifteen rows (arXiv 1905.02244, table 1, with the strides and the tail made options)."""
-    s0, s1, s2, s3 = options.strides
-    tail = 2 if options.reduced_tail else 1
-    dilation = 2 if options.dilated else 1
-    return [
-        _Block(3, 16, 16, False, False, 1, 1),
-        _Block(3, 64, 24, False, False, s0, 1),
-        _Block(3, 72, 24, False, False, 1, 1),
-        _Block(5, 72, 40, True, False, s1, 1),
-        _Block(5, 120, 40, True, False, 1, 1),
-        _Block(5, 120, 40, True, False, 1, 1),
-        _Block(3, 240, 80, False, True, s2, 1),
-        _Block(3, 200, 80, False, True, 1, 1),
-        _Block(3, 184, 80, False, True, 1, 1),
-        _Block(3, 184, 80, False, True, 1, 1),
-        _Block(3, 480, 112, True, True, 1, 1),
-        _Block(3, 672, 112, True, True, 1, 1),
-        _Block(5, 672, 160 // tail, True, True, s3, dilation),
-        _Block(5, 960 // tail, 160 // tail, True, True, 1, dilation),
-        _Block(5, 960 // tail, 160 // tail, True, True, 1, dilation),
-    ]
-
-
-def _make_divisible(value: float, divisor: int = 8) -> int:
-    """Return ``value`` rounded to a multiple of ``divisor``, at least one, never below 0.9 of it."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * value else rounded
-
-
-def _conv_norm(
-    inputs: int,
-    outputs: int,
-    activation: Callable[[], nn.Module] | None,
-    *,
-    kernel: int = 1,
-    stride: int = 1,
-    dilation: int = 1,
-    groups: int = 1,
-) -> nn.Sequential:
-    """Return convolution, norm and activation; ``ceil(n / stride)`` positions come out of n."""
-    padding = (kernel - 1) // 2 * dilation
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
-    return nn.Sequential(conv, _BackboneNorm(outputs), *([] if activation is None else [activation()]))
-
-
 class _SqueezeExcitation(nn.Module):
     """Scales one axis of ``(batch, channels, mel, time)`` by a gate computed from its means."""
 
     def __init__(self, axis: int, size: int, ratio: int) -> None:
         super().__init__()
-        squeezed = _make_divisible(size // ratio)
+        squeezed = make_divisible(size // ratio)
         self.others = [other for other in (1, 2, 3) if other != axis]
         self.fc1 = nn.Linear(size, squeezed)
         self.fc2 = nn.Linear(squeezed, size)
@@ -186,39 +133,6 @@ class _ConcurrentExcitation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         merged = reduce(self.merge, [branch(x) for branch in self.conc_se_layers])
         return merged if self.divisor == 1 else merged / self.divisor
-
-
-class _InvertedResidual(nn.Module):
-    """Expand, depthwise convolution, squeeze-excitation, project; with a bypass where shapes allow."""
-
-    def __init__(
-        self, inputs: int, row: _Block, expanded: int, outputs: int, sizes: dict[str, int], options: MNOptions
-    ):
-        super().__init__()
-        activation = nn.Hardswish if row.hard else nn.ReLU
-        # A dilated block keeps its resolution, yet the published rule for the bypass looks at the undilated stride.
-        self.bypass = row.stride == 1 and inputs == outputs
-        layers: list[nn.Module] = []
-        if expanded != inputs:
-            layers.append(_conv_norm(inputs, expanded, activation))
-        layers.append(
-            _conv_norm(
-                expanded,
-                expanded,
-                activation,
-                kernel=row.kernel,
-                stride=1 if row.dilation > 1 else row.stride,
-                dilation=row.dilation,
-                groups=expanded,
-            )
-        )
-        if row.excite and options.se_dims != "none":
-            layers.append(_ConcurrentExcitation(sizes, options))
-        layers.append(_conv_norm(expanded, outputs, None))
-        self.block = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x) if self.bypass else self.block(x)
 
 
 class _AttentionPooling(nn.Module):
@@ -255,6 +169,7 @@ class MN(nn.Module):
         class_keys: state_dict entries that belong to one class count, i.e. that fine-tuning to others replaces.
     """
 
+    system: ClassVar[str] = "efficientat"
     layout: ClassVar[str] = "b m t"
     head_prefix: ClassVar[str] = "classifier."
     exporter: ClassVar[Literal["torchscript", "dynamo"]] = "torchscript"
@@ -267,27 +182,19 @@ class MN(nn.Module):
         self.declared = options
         self.options = options.to_dict()
 
-        channels = _make_divisible(16 * options.width)
-        stem = _conv_norm(1, channels, nn.Hardswish, kernel=3, stride=2)
+        rows = blocks(options.width, options.strides, reduced_tail=options.reduced_tail, dilated=options.dilated)
         sizes = {"f": -(-options.n_mels // 2), "t": -(-(options.num_frames or 1) // 2)}
-        layers: list[nn.Module] = [stem]
-        for row in _blocks(options):
-            stride = 1 if row.dilation > 1 else row.stride
-            expanded, outputs = _make_divisible(row.expanded * options.width), _make_divisible(row.out * options.width)
-            sizes = {"c": expanded, "f": -(-sizes["f"] // stride), "t": -(-sizes["t"] // stride)}
-            layers.append(_InvertedResidual(channels, row, expanded, outputs, sizes, options))
-            channels = outputs
-        last = 6 * channels
-        layers.append(_conv_norm(channels, last, nn.Hardswish))
+        layers: list[nn.Module] = [conv_norm(1, rows[0].inputs, nn.Hardswish, kernel=3, stride=2)]
+        for row in rows:
+            sizes = {"c": row.expanded, "f": -(-sizes["f"] // row.step), "t": -(-sizes["t"] // row.step)}
+            excited = row.excite and options.se_dims != "none"
+            layers.append(InvertedResidual(row, _ConcurrentExcitation(sizes, options) if excited else None))
+        last = 6 * rows[-1].outputs
+        layers.append(conv_norm(rows[-1].outputs, last, nn.Hardswish))
         self.features = nn.Sequential(*layers)
         self._add_head(last)
-        self._initialise()
-
-        time = "time" if options.num_frames is None else str(options.num_frames)
-        embedding = ModelOutput(name="embedding", role="embedding", axes=("batch", str(last)))
-        logits = ModelOutput(name="logits", role="clip", kind="logit", axes=("batch", str(options.num_classes)))
-        self.inputs = (ModelInput(name="features", axes=("batch", str(options.n_mels), time), source="frontend"),)
-        self.outputs = (logits, embedding) if options.num_classes else (embedding,)
+        initialise(self)
+        self.inputs, self.outputs = interface(options.n_mels, options.num_classes, last, num_frames=options.num_frames)
 
     def _add_head(self, last: int) -> None:
         options = self.declared
@@ -296,15 +203,8 @@ class MN(nn.Module):
         if not options.num_classes:
             return
         if options.head == "mlp":
-            hidden = _make_divisible(1280 // (2 if options.reduced_tail else 1) * options.width)
-            self.classifier = nn.Sequential(
-                nn.Identity(),  # pools in the published code; here the embedding is that mean
-                nn.Identity(),  # flattens in the published code
-                nn.Linear(last, hidden),
-                nn.Hardswish(),
-                nn.Dropout(options.dropout),
-                nn.Linear(hidden, options.num_classes),
-            )
+            hidden = make_divisible(1280 // (2 if options.reduced_tail else 1) * options.width)
+            self.classifier = mlp_head(last, hidden, options.num_classes, options.dropout)
             belongs = "classifier.5."
         elif options.head == "fully_convolutional":
             conv = nn.Conv2d(last, options.num_classes, 1, bias=False)
@@ -315,28 +215,8 @@ class MN(nn.Module):
             belongs = "classifier.subspace_proj."
         self.class_keys = tuple(key for key in self.state_dict() if key.startswith(belongs))
 
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, 0, 0.01)
-                nn.init.zeros_(module.bias)
-
-    def _check(self, features: Tensor) -> None:
+    def _check_frames(self, features: Tensor) -> None:
         options = self.declared
-        if features.ndim != 3:
-            raise SpecError(
-                f"features: got {features.ndim} axes, {tuple(features.shape)}; expected (batch, {options.n_mels}, "
-                "time) as the front end returns them; the model adds the channel axis itself",
-                field="layout",
-            )
-        if features.shape[1] != options.n_mels:
-            raise SpecError(
-                f"features: got {features.shape[1]} mel bands; this model was built for {options.n_mels}; use the "
-                "front end it was trained with, or build it with that n_mels",
-                field="mel.n_mels",
-            )
         if options.num_frames is not None and features.shape[2] != options.num_frames:
             raise ClipLengthError(
                 f"features: got {features.shape[2]} frames; this model's squeeze-excitation over time takes exactly "
@@ -354,8 +234,9 @@ class MN(nn.Module):
             SpecError: the features have another rank or mel count.
             ClipLengthError: the network is tied to another number of frames.
         """
+        check_features(features, self.declared.n_mels)
         if not torch.jit.is_tracing():
-            self._check(features)
+            self._check_frames(features)
         feature_map = self.features(features.unsqueeze(1))  # (batch, channels, mel / 32, time / 32)
         embedding = feature_map.mean((2, 3))
         if self.classifier is None:
