@@ -3,10 +3,17 @@
 Three layouts are recognised, in this order:
 
 1. ``metadata.csv`` with the columns ``file`` and ``label`` and, if wanted, ``split``, ``speaker``, ``fold``,
-   ``onset`` and ``offset`` (seconds); other columns are ignored. Several labels are separated by ``;``. A file may
-   have several rows where each has its own onset and offset.
-2. ESC-50's own: ``meta/esc50.csv`` (``filename``, ``fold``, ``target``, ``category``) beside ``audio/``.
+   ``recording``, ``absent``, ``onset`` and ``offset`` (seconds); other columns are ignored. Several labels are
+   separated by ``;``. A file may have several rows where each has its own onset and offset.
+2. ESC-50's own: ``meta/esc50.csv`` (``filename``, ``fold``, ``target``, ``category``, and ``src_file`` where it is
+   there, which is the recording) beside ``audio/``.
 3. A folder of class folders, at choice below folders named after splits: ``dog/1.wav`` or ``train/dog/1.wav``.
+
+Files with the same ``recording`` were cut from one recording, and never part, however the data is split.
+
+Where a table has the column ``absent``, it names the classes that are known not to be in a clip; a class named in
+neither column is unknown for that clip, and counts neither in training nor in metrics. Without the column every class
+that is not in ``label`` is absent.
 """
 
 from __future__ import annotations
@@ -57,9 +64,11 @@ class Record:
 
     Attributes:
         file: path of the recording.
-        labels: its classes, at least one.
+        labels: its classes, at least one (or none, where classes are known to be absent).
         split: ``train``, ``validation``, ``test``, or None where none was declared.
         speaker, fold: groups that must not be torn between splits, or None.
+        recording: what it was cut from, or None for the file itself; never torn.
+        absent: classes known not to be in it, the others being unknown; None where all others are absent.
         onset, offset: the stretch the labels hold for, in seconds, or None for the whole file.
     """
 
@@ -68,6 +77,8 @@ class Record:
     split: str | None = None
     speaker: str | None = None
     fold: str | None = None
+    recording: str | None = None
+    absent: tuple[str, ...] | None = None
     onset: float | None = None
     offset: float | None = None
 
@@ -127,10 +138,21 @@ class Dataset:
             targets[row, [index[label] for label in record.labels]] = 1
         return targets
 
+    def known(self) -> NDArray[np.bool_] | None:
+        """Return ``(num_records, num_classes)``, whether a record is known to have or to lack a class; None for all."""
+        if all(record.absent is None for record in self.records):
+            return None
+        index = {label: i for i, label in enumerate(self.labels)}
+        known = np.zeros((len(self.records), len(self.labels)), np.bool_)
+        for row, record in enumerate(self.records):
+            named = self.labels if record.absent is None else record.labels + record.absent
+            known[row, [index[label] for label in named]] = True
+        return known
+
     @property
     def is_multi_label(self) -> bool:
-        """Whether any record has more than one class."""
-        return any(len(record.labels) > 1 for record in self.records)
+        """Whether any record has more than one class, or classes that are not known."""
+        return any(len(record.labels) > 1 or record.absent is not None for record in self.records)
 
     @property
     def has_splits(self) -> bool:
@@ -152,12 +174,18 @@ class Dataset:
         return replace(self, labels=tuple(labels))
 
     def by_file(self) -> Dataset:
-        """Return one record per file with all its labels and no onset: clip labels from labelled stretches."""
+        """Return one record per file with all its labels and no onset: clip labels from labelled stretches.
+
+        A class is absent from the file where it is from every stretch, and unknown where one leaves it open.
+        """
         merged: dict[Path, Record] = {}
         for record in self.records:
             before = merged.get(record.file, record)
             labels = tuple(dict.fromkeys(before.labels + record.labels))
-            merged[record.file] = replace(before, labels=labels, onset=None, offset=None)
+            absent = before.absent
+            if absent is not None and record.absent is not None:
+                absent = tuple(label for label in absent if label in record.absent and label not in labels)
+            merged[record.file] = replace(before, labels=labels, absent=absent, onset=None, offset=None)
         return replace(self, records=tuple(merged.values()))
 
     def remarks(self) -> list[str]:
@@ -171,6 +199,31 @@ class Dataset:
             if part and absent:
                 remarks.append(f"split {split!r} has no recording of {_some(sorted(absent))}")
         return remarks
+
+    def check_trainable(self) -> None:
+        """Prove that every class has a recording in the ``train`` split: what has none cannot be learned.
+
+        Raises:
+            DataError: a class has no recording at all, or only ones in other splits; the message names both.
+        """
+        places: dict[str, set[str | None]] = {label: set() for label in self.labels}
+        for record in self.records:
+            for label in record.labels:
+                places[label].add(record.split)
+        empty = [label for label, splits in places.items() if not splits]
+        if empty:
+            raise DataError(
+                f"{self.root}: {len(empty)} classes have no recording: {_some(empty)}; add recordings, or take the "
+                "classes out"
+            )
+        strangers = {label: splits for label, splits in places.items() if "train" not in splits}
+        if strangers:
+            splits = sorted({str(split) for held in strangers.values() for split in held})
+            raise DataError(
+                f"{self.root}: {len(strangers)} classes in {' and '.join(map(repr, splits))} are unknown to the "
+                f"training split, which has no recording of them: {_some(strangers)}; move some there, split the data "
+                "otherwise, or take the classes out"
+            )
 
     def with_split(self, splits: Mapping[str, str]) -> Dataset:
         """Return the data set with the split of every file as in ``splits``, keyed as :meth:`name_of`.
@@ -187,20 +240,25 @@ class Dataset:
     def split_by_file(self, *, test: float = 0.2, validation: float = 0.0, seed: int = 0) -> Dataset:
         """Return the data set split file by file, the same way for the same ``seed`` on any machine.
 
-        Every class is spread over the splits in the same shares, as far as its number of files allows.
+        Every class is spread over the splits in the same shares, as far as its number of files allows; the last file
+        of a class stays in ``train``. Files of one recording go together.
 
         Args:
-            test, validation: shares of the files, each in [0, 1), together below 1.
+            test, validation: shares of the files (or recordings), each in [0, 1), together below 1.
             seed: another number gives another split.
 
         Raises:
             DataError: impossible shares, or too few files for them.
         """
         _check_shares(test, validation)
-        files = {self.name_of(record): record.labels for record in self.by_file().records}
-        order = sorted(files, key=lambda name: (files[name], _shuffle_key(seed, name)))
+        units: dict[str, list[Record]] = defaultdict(list)
+        for record in self.by_file().records:
+            units[self.name_of(record) if record.recording is None else f"recording {record.recording}"].append(record)
+        order = sorted(units, key=lambda unit: (units[unit][0].labels, _shuffle_key(seed, unit)))
         held = _every_nth(order, test + validation)
         tested = set(_every_nth(held, test / (test + validation) if held else 0.0))
+        held = _without_last_of_a_class(held, {u: {c for r in units[u] for c in r.labels} for u in order})
+        tested &= set(held)
         wanted = {"test": test > 0, "validation": validation > 0, "train": True}
         sizes = {"test": len(tested), "validation": len(held) - len(tested), "train": len(order) - len(held)}
         empty = [split for split, is_wanted in wanted.items() if is_wanted and not sizes[split]]
@@ -209,8 +267,8 @@ class Dataset:
                 f"{self.root}: {len(order)} files are too few for test={test}, validation={validation}: nothing would "
                 f"be in {', '.join(empty)}; add recordings or change the shares"
             )
-        splits = dict.fromkeys(order, "train") | {name: "test" if name in tested else "validation" for name in held}
-        return self.with_split(splits)
+        sides = dict.fromkeys(order, "train") | {unit: "test" if unit in tested else "validation" for unit in held}
+        return self.with_split({self.name_of(record): sides[unit] for unit in order for record in units[unit]})
 
     def split_by_group(
         self,
@@ -267,8 +325,47 @@ class Dataset:
         moved = {record.file for record in part.records if record.split == "validation"}
         return self._assigned(lambda record: "validation" if record.file in moved else record.split)
 
+    def thinned(self, ratio: float, *, seed: int = 0) -> Dataset:
+        """Return the data set with its ``train`` records thinned until the classes are imbalanced on purpose.
+
+        The classes are put in an order that follows from ``seed``; their counts then fall geometrically, the first
+        having ``ratio`` times as many records as the last, and as many as the scarcest class allows. Which records
+        stay follows from ``seed`` and their names. The other splits are untouched.
+
+        Args:
+            ratio: most to least frequent class, at least 1 (all classes alike).
+            seed: another number gives other rare classes and other records.
+
+        Raises:
+            DataError: a record has several classes, a class has no ``train`` record, or a ratio that leaves none.
+        """
+        train = self.select("train")
+        if train.is_multi_label:
+            raise DataError(f"{self.root}: only recordings of one class each can be thinned; some have several")
+        counts = train.class_counts()
+        absent = [label for label, count in counts.items() if not count]
+        if absent:
+            raise DataError(f"{self.root}: cannot thin the training split: it has no recording of {_some(absent)}")
+        order = sorted(self.labels, key=lambda label: _shuffle_key(seed, label))
+        shares = {label: ratio ** (-rank / max(len(order) - 1, 1)) for rank, label in enumerate(order)}
+        most = min(counts[label] / share for label, share in shares.items())
+        sizes = {label: round(most * share) for label, share in shares.items()}
+        if ratio < 1 or not all(sizes.values()):
+            raise DataError(
+                f"{self.root}: got an imbalance of {ratio:g}; expected at least 1, and at most about {2 * most:.0f}: the "
+                f"most frequent class would keep {sizes[order[0]]} recordings and the rarest {sizes[order[-1]]}"
+            )
+        kept = set()
+        for label, size in sizes.items():
+            files = sorted(
+                (self.name_of(r) for r in train.records if label in r.labels), key=lambda n: _shuffle_key(seed, n)
+            )
+            kept.update(files[:size])
+        records = (r for r in self.records if r.split != "train" or self.name_of(r) in kept)
+        return replace(self, records=tuple(records))
+
     def check_disjoint(self, by: Group | None = None) -> None:
-        """Prove that no file, and no group where ``by`` is given, is on two sides.
+        """Prove that no file, no recording, and no group where ``by`` is given, is on two sides.
 
         Raises:
             DataError: one is; the message names it and its splits.
@@ -276,6 +373,8 @@ class Dataset:
         sides: dict[str, set[str | None]] = defaultdict(set)
         for record in self.records:
             sides[self.name_of(record)].add(record.split)
+            if record.recording is not None:
+                sides[f"recording {record.recording}"].add(record.split)
             if by is not None:
                 sides[f"{by} {getattr(record, by)}"].add(record.split)
         torn = {name: splits for name, splits in sides.items() if len(splits) > 1}
@@ -283,7 +382,7 @@ class Dataset:
             name, splits = next(iter(torn.items()))
             raise DataError(
                 f"{self.root}: {len(torn)} are in more than one split, e.g. {name!r} in {sorted(map(str, splits))}; "
-                "a file or group belongs to one split"
+                "a file, recording or group belongs to one split"
             )
 
     def copies_across_splits(self) -> list[tuple[str, ...]]:
@@ -385,15 +484,23 @@ def read_split(path: str | Path) -> dict[str, str]:
 def _read_table(path: Path) -> Dataset:
     root = path.parent
     records = []
-    for where, row in _rows(path, ("file", "label")):
+    for where, row in _rows(path, ("file", "label"), filled=("file",)):
         onset, offset = _stretch(row, where)
+        absent = None if "absent" not in row else _split_labels(row["absent"], where) if row["absent"] else ()
+        if not row["label"] and not absent:
+            raise DataError(f"{where}: empty 'label'; every row needs one, or a class that is known to be 'absent'")
+        labels = _split_labels(row["label"], where) if row["label"] else ()
+        if set(labels) & set(absent or ()):
+            raise DataError(f"{where}: {_some(sorted(set(labels) & set(absent or ())))} is in 'label' and in 'absent'")
         records.append(
             Record(
                 file=_inside(root, row["file"], where),
-                labels=_split_labels(row["label"], where),
+                labels=labels,
                 split=_split_name(row["split"], where) if row.get("split") else None,
                 speaker=row.get("speaker") or None,
                 fold=row.get("fold") or None,
+                recording=row.get("recording") or None,
+                absent=absent,
                 onset=onset,
                 offset=offset,
             )
@@ -413,7 +520,8 @@ def _read_esc50(root: Path) -> Dataset:
             raise DataError(f"{where}: got target {row['target']!r}; expected a class number") from None
         if order.setdefault(labels[0], target) != target:
             raise DataError(f"{where}: {labels[0]!r} has target {target} here and {order[labels[0]]} before")
-        records.append(Record(_inside(root / "audio", row["filename"], where), labels, fold=row["fold"] or None))
+        file = _inside(root / "audio", row["filename"], where)
+        records.append(Record(file, labels, fold=row["fold"] or None, recording=row.get("src_file") or None))
     dataset = _checked(records, root, table)
     return replace(dataset, labels=tuple(sorted(dataset.labels, key=lambda label: (order[label], label))))
 
@@ -435,6 +543,13 @@ def _read_class_folders(root: Path) -> Dataset:
         )
     tops = {file.relative_to(root).parts[0] for file in files}
     depth = 1 if all(top.lower() in _SPLIT_NAMES for top in tops) else 0
+    filled = {file.relative_to(root).parts[: depth + 1] for file in files}
+    folders = [path for path in root.glob("*/" * depth + "*") if path.is_dir() and not path.name.startswith(".")]
+    empty = sorted(str(path.relative_to(root)) for path in folders if path.relative_to(root).parts not in filled)
+    if empty:
+        raise DataError(
+            f"{root}: {len(empty)} class folders hold no recordings: {_some(empty)}; add some, or remove the folders"
+        )
     records = []
     for file in files:
         parts = file.relative_to(root).parts
@@ -445,8 +560,13 @@ def _read_class_folders(root: Path) -> Dataset:
     return _checked(records, root, root)
 
 
-def _rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (``table:line``, row) of a CSV table; header names and values stripped of spaces."""
+def _rows(
+    path: Path, required: tuple[str, ...], *, filled: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (``table:line``, row) of a CSV table; header names and values stripped of spaces.
+
+    The columns ``filled`` (by default all that are required) must not be empty in any row.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, skipinitialspace=True, strict=True)
@@ -469,7 +589,7 @@ def _rows(path: Path, required: tuple[str, ...]) -> Iterator[tuple[str, dict[str
                         "quote values that contain a comma"
                     )
                 values = dict(zip(header, (value.strip() for value in row), strict=True))
-                empty = [name for name in required if not values[name]]
+                empty = [name for name in (required if filled is None else filled) if not values[name]]
                 if empty:
                     raise DataError(f"{where}: empty {', '.join(map(repr, empty))}; every row needs one")
                 yield where, values
@@ -497,9 +617,9 @@ def _checked(records: list[Record], root: Path, source: Path) -> Dataset:
             )
         if len({(record.labels, record.onset, record.offset) for record in same}) < len(same):
             raise DataError(f"{source}: {name!r} has the same row twice")
-        if len({(record.speaker, record.fold) for record in same}) > 1:
-            raise DataError(f"{source}: {name!r} has rows with different speakers or folds")
-    labels = tuple(sorted({label for record in records for label in record.labels}))
+        if len({(record.speaker, record.fold, record.recording) for record in same}) > 1:
+            raise DataError(f"{source}: {name!r} has rows with different speakers, folds or recordings")
+    labels = tuple(sorted({label for record in records for label in record.labels + (record.absent or ())}))
     dataset = Dataset(tuple(records), labels, root)
     dataset.check_disjoint()
     some, every = any(record.split for record in records), dataset.has_splits
@@ -563,6 +683,18 @@ def _shuffle_key(seed: int, name: str) -> str:
 def _every_nth(names: Sequence[str], share: float) -> list[str]:
     """Return ``share`` of ``names``, evenly spaced, so that every run of equal labels gives its part."""
     return [name for i, name in enumerate(names) if math.floor((i + 1) * share + 0.5) > math.floor(i * share + 0.5)]
+
+
+def _without_last_of_a_class(held: Sequence[str], classes: Mapping[str, set[str]]) -> list[str]:
+    """Return ``held`` without the first of those that would leave a class nothing outside of it."""
+    outside = {label for name in set(classes) - set(held) for label in classes[name]}
+    kept = []
+    for name in held:
+        if classes[name] <= outside:
+            kept.append(name)
+        else:
+            outside |= classes[name]
+    return kept
 
 
 def _fill(order: Sequence[str], sizes: Mapping[str, int], share: float) -> list[str]:

@@ -3,6 +3,7 @@
 ``targets`` are true class indices, ``(num_clips,)`` integers, or, for the ranking metrics, also ``(num_clips,
 num_classes)`` of 0 and 1 where a clip may have several classes. A class nobody can be right or wrong about (no
 positive clip; for the AUC also no negative one) has the value nan and is left out of means; a mean of nothing is nan.
+``known``, ``(num_clips, num_classes)``, says which labels are known: a class is then ranked over its known clips only.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def confusion_matrix(targets: ArrayLike, predictions: ArrayLike, num_classes: in
     return counts.reshape(num_classes, num_classes).astype(np.int64)
 
 
-def average_precision(targets: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
+def average_precision(
+    targets: ArrayLike, scores: ArrayLike, known: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
     """Return ``(num_classes,)``: the precision at every threshold, weighted by the recall gained there.
 
     Equal scores share one threshold. Nan for a class without a positive clip.
@@ -76,20 +79,21 @@ def average_precision(targets: ArrayLike, scores: ArrayLike) -> NDArray[np.float
     Args:
         targets: see the module.
         scores: ``(num_clips, num_classes)``, higher for more likely.
+        known: see the module; None where every label is known.
 
     Raises:
         DataError: shapes that do not fit, targets other than 0 and 1, scores that are not finite.
     """
-    positive, score = _ranking(targets, scores)
-    return np.array([_average_precision(positive[:, i], score[:, i]) for i in range(score.shape[1])])
+    positive, score, clips = _ranking(targets, scores, known)
+    return np.array([_average_precision(positive[rows, i], score[rows, i]) for i, rows in enumerate(clips.T)])
 
 
-def mean_average_precision(targets: ArrayLike, scores: ArrayLike) -> float:
+def mean_average_precision(targets: ArrayLike, scores: ArrayLike, known: NDArray[np.bool_] | None = None) -> float:
     """Return the mean of :func:`average_precision` over the classes that have it (mAP, macro)."""
-    return _mean(average_precision(targets, scores))
+    return _mean(average_precision(targets, scores, known))
 
 
-def roc_auc(targets: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
+def roc_auc(targets: ArrayLike, scores: ArrayLike, known: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
     """Return ``(num_classes,)``: the chance that a positive clip scores above a negative one, ties counting half.
 
     Nan for a class without a positive or without a negative clip.
@@ -97,17 +101,18 @@ def roc_auc(targets: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
     Args:
         targets: see the module.
         scores: ``(num_clips, num_classes)``, higher for more likely.
+        known: see the module; None where every label is known.
 
     Raises:
         DataError: shapes that do not fit, targets other than 0 and 1, scores that are not finite.
     """
-    positive, score = _ranking(targets, scores)
-    return np.array([_roc_auc(positive[:, i], score[:, i]) for i in range(score.shape[1])])
+    positive, score, clips = _ranking(targets, scores, known)
+    return np.array([_roc_auc(positive[rows, i], score[rows, i]) for i, rows in enumerate(clips.T)])
 
 
-def mean_roc_auc(targets: ArrayLike, scores: ArrayLike) -> float:
+def mean_roc_auc(targets: ArrayLike, scores: ArrayLike, known: NDArray[np.bool_] | None = None) -> float:
     """Return the mean of :func:`roc_auc` over the classes that have it."""
-    return _mean(roc_auc(targets, scores))
+    return _mean(roc_auc(targets, scores, known))
 
 
 def d_prime(auc: ArrayLike) -> NDArray[np.float64]:
@@ -130,7 +135,9 @@ def _indices(targets: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[np.int
     return true.astype(np.int64), predicted.astype(np.int64)
 
 
-def _ranking(targets: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def _ranking(
+    targets: ArrayLike, scores: ArrayLike, known: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.bool_]]:
     true, score = np.asarray(targets), np.asarray(scores, np.float64)
     if score.ndim != 2 or not np.isfinite(score).all():
         raise DataError(f"got scores of shape {score.shape}; expected finite numbers, (num_clips, num_classes)")
@@ -142,7 +149,11 @@ def _ranking(targets: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], 
         raise DataError(
             f"got targets of shape {true.shape} for scores {score.shape}; expected 0 and 1 in the same shape"
         )
-    return true.astype(bool), score
+    if known is None:
+        known = np.ones(score.shape, np.bool_)
+    if known.shape != score.shape or known.dtype != np.bool_:
+        raise DataError(f"got known of shape {known.shape}, {known.dtype}, for scores {score.shape}; expected booleans")
+    return true.astype(bool), score, known
 
 
 def _average_precision(positive: NDArray[np.bool_], score: NDArray[np.float64]) -> float:

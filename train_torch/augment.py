@@ -13,11 +13,21 @@ import soxr
 import torch
 from numpy.typing import NDArray
 from scipy import fft
+from torch import Tensor
 
 from train_torch.frontend import Mixing
 from train_torch.recipes import Augmentation
 
-__all__ = ["augment", "change_speed", "coloured_noise", "draw_mixing", "equalise", "fit_length"]
+__all__ = [
+    "augment",
+    "change_speed",
+    "coloured_noise",
+    "draw_mixing",
+    "equalise",
+    "fit_length",
+    "mix_labels",
+    "mix_waveforms",
+]
 
 Waveform = NDArray[np.float32]
 
@@ -118,3 +128,35 @@ def draw_mixing(
         permutation=torch.as_tensor(rng.permutation(batch), device=device),
         weight=torch.as_tensor(weight, dtype=torch.float32, device=device),
     )
+
+
+def mix_waveforms(mixing: Mixing, waveform: Tensor) -> Tensor:
+    """Return ``waveform`` ``(batch, num_samples)`` with clips added as drawn, each brought to mean zero before.
+
+    A clip that is not mixed (weight 1) stays as it is, its mean included.
+
+    Source: EfficientAT datasets' MixupDataset.
+    """
+    mixed = mixing(waveform - waveform.mean(dim=1, keepdim=True))
+    return torch.where(mixing.weight.view(-1, 1) < 1, mixed, waveform)
+
+
+def mix_labels(mixing: Mixing, targets: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return ``(batch, num_classes)`` targets mixed with the clips' own weights, and how far each is known.
+
+    Binary cross-entropy is linear in its target, so the loss of a mix is the loss against the one clip's label times
+    its weight, plus that against the other's. A label that is unknown for a clip takes that clip's share out of this
+    sum and changes nothing else: known for both clips it counts in full, for one of them with that clip's weight, for
+    neither not at all.
+
+    Args:
+        mixing: the draw with which the clips are mixed.
+        targets: in [0, 1].
+        known: in [0, 1], None where every label is known, which stays None.
+
+    Source: EfficientAT masks by the louder clip alone and takes the other's unknown labels for absent.
+    """
+    if known is None:
+        return mixing(targets), None
+    mixed = mixing(known)
+    return torch.where(mixed > 0, mixing(targets * known) / mixed.clamp(min=1e-12), 0.0), mixed

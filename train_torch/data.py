@@ -54,15 +54,18 @@ class Batch:
         waveform: ``(batch, num_samples)`` float32 in [-1, 1] at the front end's rate.
         targets: ``(batch, num_classes)`` float32 in [0, 1].
         index: ``(batch,)`` int64, the clips' places in their data set.
+        known: ``(batch, num_classes)`` float32, 1 where a label is known and 0 where it is not, or None where all are.
     """
 
     waveform: Tensor
     targets: Tensor
     index: Tensor
+    known: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""
-        return Batch(self.waveform.to(device), self.targets.to(device), self.index)
+        known = None if self.known is None else self.known.to(device)
+        return Batch(self.waveform.to(device), self.targets.to(device), self.index, known)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def split_dataset(
         seed: of the split.
 
     Raises:
-        DataError: there is no way to split as asked; says what to do.
+        DataError: there is no way to split as asked, or a class would have no training clip; says what to do.
     """
     dataset = dataset.by_file()
     declared = {record.split for record in dataset.records}
@@ -141,6 +144,14 @@ def split_dataset(
     if not any(record.split == "validation" for record in dataset.records):
         dataset = dataset.carve_validation(val_fraction, by=validate_by or by or "file", seed=seed)
     dataset.check_disjoint(None if validate_by == "file" else validate_by or by)
+    # Validation may share groups with training where it was asked for; the test may not share any with either.
+    replace(
+        dataset,
+        records=tuple(
+            replace(record, split="test" if record.split == "test" else "train") for record in dataset.records
+        ),
+    ).check_disjoint(by)
+    dataset.check_trainable()
     return dataset
 
 
@@ -182,6 +193,8 @@ class ClipData(torch.utils.data.Dataset[Batch]):
         self.spec = card.frontend
         self.recipe = recipe
         self.targets = torch.from_numpy(dataset.multi_hot())
+        known = dataset.known()
+        self.known = None if known is None else torch.from_numpy(known).float()
         self._cache: list[Waveform | None] = []
         self.lengths: list[int] = []
         self.segment_shapes: list[tuple[int, ...]] = []
@@ -203,7 +216,8 @@ class ClipData(torch.utils.data.Dataset[Batch]):
         else:
             rows = [self._changed(index, request.num_samples, request.epoch) for index in request.indices]
         index = torch.tensor(request.indices)
-        return Batch(torch.from_numpy(np.stack(rows)), self.targets[index], index)
+        known = None if self.known is None else self.known[index]
+        return Batch(torch.from_numpy(np.stack(rows)), self.targets[index], index, known)
 
     def _waveform(self, index: int) -> Waveform:
         cached = self._cache[index]

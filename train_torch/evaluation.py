@@ -39,6 +39,7 @@ class Evaluation:
         targets: ``(num_clips, num_classes)`` float32, 0 or 1.
         probabilities: ``(num_clips, num_classes)`` float32 in [0, 1].
         loss: mean over the clips.
+        known: ``(num_clips, num_classes)``, whether a label is known, or None where all are; metrics are over these.
     """
 
     task: str
@@ -47,6 +48,7 @@ class Evaluation:
     targets: NDArray[np.float32]
     probabilities: NDArray[np.float32]
     loss: float
+    known: NDArray[np.bool_] | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return name -> value: accuracy and balanced accuracy, or mAP and mean ROC AUC; and the loss."""
@@ -58,8 +60,8 @@ class Evaluation:
             }
         else:
             values = {
-                "mean_average_precision": metrics.mean_average_precision(self.targets, self.probabilities),
-                "mean_roc_auc": metrics.mean_roc_auc(self.targets, self.probabilities),
+                "mean_average_precision": metrics.mean_average_precision(self.targets, self.probabilities, self.known),
+                "mean_roc_auc": metrics.mean_roc_auc(self.targets, self.probabilities, self.known),
             }
         return {name: float(value) for name, value in {**values, "loss": self.loss}.items()}
 
@@ -81,7 +83,8 @@ class Evaluation:
                 row["recall"] = right / row["clips"] if row["clips"] else None
                 row["precision"] = right / int(answers[:, i].sum()) if answers[:, i].any() else None
         else:
-            for row, value in zip(rows, metrics.average_precision(self.targets, self.probabilities), strict=True):
+            precision = metrics.average_precision(self.targets, self.probabilities, self.known)
+            for row, value in zip(rows, precision, strict=True):
                 row["average_precision"] = None if np.isnan(value) else float(value)
         return rows
 
@@ -134,7 +137,9 @@ def collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tupl
             "or go back to an earlier checkpoint"
         )
     task = cast(Literal["single_label", "multi_label"], card.task)
-    loss = float(clip_loss(logits, targets, task))
+    masks = [batch.known.cpu() for batch, _ in scored if batch.known is not None]
+    known = torch.cat(masks) if masks else None
+    loss = float(clip_loss(logits, targets, task, known=known))
     output = card.clip_output()
     assert output is not None
     assert card.labels is not None
@@ -144,6 +149,10 @@ def collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tupl
     np.add.at(total, place, probabilities)
     truth = np.zeros_like(total)
     truth[place] = targets.numpy()
+    certain = None
+    if known is not None:
+        certain = np.zeros(total.shape, np.bool_)
+        certain[place] = known.numpy() > 0.5
     return Evaluation(
         task=task,
         labels=card.labels,
@@ -151,6 +160,7 @@ def collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tupl
         targets=truth,
         probabilities=total / segments[:, None].astype(np.float32),
         loss=loss,
+        known=certain,
     )
 
 
