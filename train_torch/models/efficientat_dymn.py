@@ -266,6 +266,7 @@ class DyMN(nn.Module):
 
     system: ClassVar[str] = "efficientat"
     layout: ClassVar[str] = "b m t"
+    children_in_order: ClassVar[tuple[str, ...]] = ("in_c", "layers", "out_c", "classifier")
     head_prefix: ClassVar[str] = "classifier."
     exporter: ClassVar[Literal["torchscript", "dynamo"]] = "torchscript"
     exporter_reason: ClassVar[str] = ""
