@@ -7,6 +7,7 @@ module holds what happens before it.
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import soxr
@@ -83,7 +84,7 @@ def augment(
     num_samples: int,
     repeat: bool = False,
 ) -> Waveform:
-    """Return a changed training clip of ``num_samples`` samples, clipped to [-1, 1].
+    """Return a changed training clip of ``num_samples`` samples, clipped to [-1, 1] unless ``settings`` say otherwise.
 
     Args:
         waveform: ``(any,)`` float32 in [-1, 1] at ``sample_rate`` Hz.
@@ -101,15 +102,26 @@ def augment(
         waveform = change_speed(waveform, factor)
     waveform = fit_length(waveform, num_samples, rng, repeat=repeat)
     if settings.roll_seconds:
-        waveform = np.roll(waveform, round(rng.uniform(-1, 1) * settings.roll_seconds * sample_rate))
+        farthest = round(settings.roll_seconds * sample_rate)
+        waveform = np.roll(waveform, int(rng.integers(-farthest, farthest + 1)))
     if settings.equalise_db:
         waveform = equalise(waveform, rng, settings.equalise_db)
     if settings.gain_db is not None:
-        waveform = waveform * np.float32(10 ** (rng.uniform(*settings.gain_db) / 20))
+        waveform = waveform * np.float32(10 ** (_gain_db(settings.gain_db, settings.gain_step_db, rng) / 20))
     if settings.noise_probability and rng.random() < settings.noise_probability:
         level = float(np.sqrt(np.mean(waveform**2))) * 10 ** (-rng.uniform(*settings.noise_snr_db) / 20)
         waveform = waveform + np.float32(level) * coloured_noise(waveform.size, rng)
-    return np.clip(waveform, -1.0, 1.0).astype(np.float32, copy=False)
+    if settings.clip:
+        waveform = np.clip(waveform, -1.0, 1.0)
+    return waveform.astype(np.float32, copy=False)
+
+
+def _gain_db(limits: tuple[float, float], step: float | None, rng: np.random.Generator) -> float:
+    """Return a gain between ``limits``, both included where it goes by steps."""
+    low, high = limits
+    if step is None:
+        return rng.uniform(low, high)
+    return low + step * float(rng.integers(math.floor((high - low) / step + 1e-9) + 1))
 
 
 def draw_mixing(

@@ -28,7 +28,7 @@ from models_zoo.dataset import SPLITS, Dataset, Group
 from models_zoo.decoding import legal_segments
 from models_zoo.errors import CardError, ClipLengthError, DataError
 from train_torch.augment import augment, fit_length
-from train_torch.recipes import Recipe
+from train_torch.recipes import Recipe, SamplingRecipe
 
 __all__ = [
     "Batch",
@@ -38,6 +38,7 @@ __all__ = [
     "TrainingBatches",
     "count_table",
     "evaluation_loader",
+    "sampling_weights",
     "split_dataset",
 ]
 
@@ -247,28 +248,66 @@ def _share() -> tuple[int, int]:
     return 0, 1
 
 
+def sampling_weights(dataset: Dataset, sampling: SamplingRecipe) -> NDArray[np.float64]:
+    """Return ``(num_clips,)``, how likely a clip is to be drawn next: rare classes more.
+
+    A clip's weight is the sum over its labels of 1000 / (offset + clips with that label). A clip without a label, of
+    which only absences are known, has weight 0 and is never drawn.
+
+    Raises:
+        DataError: fewer clips could be drawn than an epoch is to have.
+
+    Source: EfficientAT datasets/audioset.py, get_ft_cls_balanced_sample_weights.
+    """
+    targets = dataset.multi_hot().astype(np.float64)
+    counts = targets.sum(axis=0)
+    weights = targets @ np.divide(1000.0, sampling.offset + counts, out=np.zeros_like(counts), where=counts > 0)
+    if sampling.clips_per_epoch > np.count_nonzero(weights):
+        raise DataError(
+            f"sampling.clips_per_epoch: got {sampling.clips_per_epoch}; {dataset.root} has "
+            f"{np.count_nonzero(weights)} training clips with a label, and they are drawn without replacement; give "
+            "at most as many (about half of them lets the weights do something)"
+        )
+    return weights
+
+
 class TrainingBatches(Sampler[_Request]):
     """Requests for the batches of an epoch, in an order and of lengths that follow from (seed, epoch).
 
-    Each process of distributed training gets every n-th batch. A last batch that is not full is left out where
-    there is another (BatchNorm and the schedule want equal batches); the order changes, so no clip is lost for good.
+    Every clip comes once, or, where the recipe samples, as many as it says are drawn by class. Each process of
+    distributed training gets every n-th batch. A last batch that is not full is left out where there is another
+    (BatchNorm and the schedule want equal batches); the order changes, so no clip is lost for good.
     """
 
     def __init__(self, data: ClipData) -> None:
         self.data = data
         self.epoch = 0
+        sampling = data.recipe.sampling
+        self._weights = None if sampling is None else sampling_weights(data.dataset, sampling)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next; Lightning calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return max(1, len(self.data) // self.data.recipe.batch_size // _share()[1])
+        sampling = self.data.recipe.sampling
+        clips = len(self.data) if sampling is None else sampling.clips_per_epoch
+        return max(1, clips // self.data.recipe.batch_size // _share()[1])
+
+    def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Return the clips of the epoch, shuffled."""
+        sampling = self.data.recipe.sampling
+        if sampling is None or self._weights is None:
+            return rng.permutation(len(self.data))
+        share = self._weights / self._weights.sum()
+        drawn = rng.choice(len(share), sampling.clips_per_epoch, replace=False, p=share)
+        # The likely ones are drawn first; batches should not know.
+        return rng.permutation(drawn)
 
     def __iter__(self) -> Iterator[_Request]:
         recipe, rate = self.data.recipe, self.data.spec.sample_rate
         rng = np.random.default_rng((recipe.seed, self.epoch))
-        order = rng.permutation(len(self.data))
+        order = self._order(rng)
         pool = recipe.sort_batches * recipe.batch_size
         if recipe.sort_batches > 1:
             lengths = np.asarray(self.data.lengths)
@@ -344,6 +383,8 @@ class ClipDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self.workers = workers
+        if recipe.sampling is not None:
+            sampling_weights(dataset.select("train"), recipe.sampling)  # refuses before a clip is read
         self.parts = {
             split: ClipData(part, card, recipe, cache_gib=cache_gib * len(part) / len(dataset), progress=progress)
             for split in ("train", "validation")

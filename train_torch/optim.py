@@ -1,29 +1,161 @@
-"""Optimisers and learning-rate schedules."""
+"""What is trained, how fast, and when: frozen parts, learning rates by depth, schedules by step and epoch."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from models_zoo.errors import SpecError
+from train_torch.models import Model
 from train_torch.recipes import Recipe
 
-__all__ = ["configure"]
+__all__ = ["check_temperature", "configure", "factor_at", "freeze", "keep_frozen", "layers_of", "published_factor"]
 
 
 def configure(model: nn.Module, recipe: Recipe, total_steps: int) -> dict[str, Any]:
-    """Return the recipe's optimiser and its schedule as Lightning takes them: linear warm-up, then a cosine."""
+    """Return the recipe's optimiser and its schedule as Lightning takes them.
+
+    Args:
+        model: its parameters that need no gradient (:func:`freeze`) are left out, and so have no optimiser state.
+        recipe: what to do.
+        total_steps: of the run, all epochs together.
+    """
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    optimizer = kind(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    warmup = recipe.warmup_epochs * total_steps / recipe.epochs
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(total_steps - warmup, 1)
-        return float(recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [parameter for _, parameter in trained]}]
+    if recipe.layer_decay is not None:
+        groups = []
+        layers = layers_of(model)
+        # The head comes first, so that the first group's rate is the recipe's.
+        for distance, layer in enumerate(reversed(layers)):
+            members = [parameter for name, parameter in trained if _is_below(name, [layer])]
+            if members:
+                groups.append({"params": members, "lr": recipe.lr * recipe.layer_decay**distance})
+    optimizer = kind(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    # One function of the step: a schedule that Lightning steps by epochs is behind by one after a resumed run.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor_at(step, recipe, total_steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def factor_at(step: int, recipe: Recipe, total_steps: int) -> float:
+    """Return the factor on the learning rate in a step, counted from 0."""
+    if recipe.schedule == "published":
+        return published_factor(step * recipe.epochs // total_steps, recipe)
+    warmup = recipe.warmup_epochs * total_steps / recipe.epochs
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(total_steps - warmup, 1)
+    return float(recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
+
+
+def published_factor(epoch: int, recipe: Recipe) -> float:
+    """Return EfficientAT's factor on the learning rate in an epoch, counted from 0.
+
+    exp(-5 (1 - max(epoch, 0.5) / warmup)^2) before ``warmup_epochs``; 1 up to ``ramp_down_start``; then a straight
+    line over ``ramp_down_epochs`` to ``final_lr``, which stays. Where rise and fall overlap, they multiply.
+
+    Source: EfficientAT helpers/utils.py, exp_warmup_linear_down.
+    """
+    rise = 1.0
+    if epoch < recipe.warmup_epochs:
+        rise = math.exp(-5.0 * (1.0 - max(epoch, 0.5) / recipe.warmup_epochs) ** 2)
+    left = min(1.0, max(0.0, 1.0 - (epoch - recipe.ramp_down_start) / recipe.ramp_down_epochs))
+    return rise * (recipe.final_lr + (1.0 - recipe.final_lr) * left)
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """Return the names of the parts that get one learning rate each, from the stem to the head.
+
+    A child of the model is one part; a container of containers is a stack, whose children are parts each; the head is
+    one part.
+    """
+    head = cast(Model, model).head_prefix
+    children = dict(model.named_children())
+    layers = []
+    for name in getattr(model, "children_in_order", children):
+        if name not in children:
+            continue
+        child = children[name]
+        inner = list(child.named_children())
+        stack = isinstance(child, (nn.Sequential, nn.ModuleList)) and any(
+            len(list(part.children())) for _, part in inner
+        )
+        if f"{name}." == head or not stack:
+            layers.append(name)
+        else:
+            layers += [f"{name}.{part}" for part, _ in inner]
+    return layers
+
+
+def _is_below(key: str, prefixes: Iterable[str]) -> bool:
+    """Whether a prefix is ``key`` or names whole parts of it: ``features.1`` is above ``features.1.0``, not .10."""
+    return any(key == prefix.rstrip(".") or key.startswith(prefix.rstrip(".") + ".") for prefix in prefixes)
+
+
+def freeze(model: nn.Module, prefixes: Iterable[str]) -> tuple[str, ...]:
+    """Keep what ``prefixes`` name as it is, and return the state_dict keys that this holds for.
+
+    Parameters get no gradient; norms whose statistics are among the keys use them, as in evaluation, and must be kept
+    from updating them by :func:`keep_frozen` whenever the model is put into training mode.
+
+    Args:
+        model: changed in place.
+        prefixes: of state_dict keys, whole parts between dots: ``features.1`` is not ``features.10``.
+
+    Raises:
+        SpecError: a prefix that matches nothing (the message lists what there is), or nothing left to train.
+    """
+    prefixes = tuple(prefixes)
+    keys = tuple(model.state_dict())
+    for prefix in prefixes:
+        if not any(_is_below(key, [prefix]) for key in keys):
+            there = list(dict.fromkeys(part for name in layers_of(model) for part in (name.split(".")[0], name)))
+            raise SpecError(
+                f"freeze: nothing in the model is called {prefix!r}; there are {', '.join(there)}, and what lies below "
+                "them; a prefix names whole parts between dots",
+                field="freeze",
+            )
+    frozen = tuple(key for key in keys if _is_below(key, prefixes))
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise SpecError(
+            f"freeze: {', '.join(prefixes)} leave nothing to train; leave out {layers_of(model)[-1]!r}, the head",
+            field="freeze",
+        )
+    keep_frozen(model, frozen)
+    return frozen
+
+
+def keep_frozen(model: nn.Module, frozen: Iterable[str]) -> None:
+    """Put the norms whose statistics are frozen into evaluation mode, where they stay as they are.
+
+    Args:
+        model: whatever mode it is in.
+        frozen: keys, as :func:`freeze` returned them.
+    """
+    ending = ".running_mean"
+    for key in frozen:
+        if key.endswith(ending):
+            model.get_submodule(key.removesuffix(ending)).eval()
+
+
+def check_temperature(model: nn.Module, recipe: Recipe) -> None:
+    """Check that a temperature schedule has something to schedule.
+
+    Raises:
+        SpecError: the recipe has one, and the model has no dynamic convolutions (or has them switched off).
+    """
+    dynamic = any(hasattr(part, "temperature") for part in model.modules() if part is not model)
+    if recipe.temperature_schedule is not None and not (dynamic and hasattr(model, "set_temperature")):
+        raise SpecError(
+            f"temperature_schedule: a {type(model).__name__} has no dynamic convolutions, so no temperature; use a "
+            "dymn model, or leave the schedule out",
+            field="temperature_schedule",
+        )

@@ -12,9 +12,18 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, Strict, model_validator
 
 from models_zoo.errors import DataError, SpecError, UnknownNameError
-from models_zoo.schema import Declaration
+from models_zoo.schema import Declaration, Sequence
 
-__all__ = ["Augmentation", "Recipe", "get_recipe", "list_recipes"]
+__all__ = [
+    "Augmentation",
+    "DistillationRecipe",
+    "LossRecipe",
+    "Recipe",
+    "SamplingRecipe",
+    "TemperatureSchedule",
+    "get_recipe",
+    "list_recipes",
+]
 
 Range = Annotated[tuple[float, float], Strict(False)]
 
@@ -28,14 +37,19 @@ class Augmentation(Declaration):
             step can keep a network from learning anything.
         speed: (slowest, fastest) playing speed; changes pitch, formants and tempo together.
         gain_db: (lowest, highest) gain.
+        gain_step_db: gains are the lowest plus a whole number of these steps; None for any gain between.
         roll_seconds: greatest circular shift either way.
         equalise_db: greatest boost or cut of a smooth random frequency response.
         noise_probability: share of clips that get coloured noise.
         noise_snr_db: (lowest, highest) ratio of clip to noise.
-        mix_probability: share of clips added to another clip of the batch, labels mixed with Beta(2, 2).
+        clip: changed clips are clipped to [-1, 1], as a recorder would; the published recipes let gain exceed it.
+        mix_probability: share of clips added to another clip of the batch, both of mean zero, waveforms and labels
+            mixed with Beta(2, 2).
         mixup_alpha: Beta parameter of the mixup drawn per clip; 0 for none.
         mixup_at: stage of the front end at which clips are mixed.
         mel_jitter: (f_min, f_max) ranges of the front end's mel edges, Hz.
+        mixstyle_probability: share of batches whose clips exchange their statistics per mel band.
+        mixstyle_alpha: Beta parameter of that exchange, drawn per clip.
         masks: greatest width of the (mel, time) masks, in bands and frames.
     """
 
@@ -43,13 +57,17 @@ class Augmentation(Declaration):
     ramp_epochs: int = Field(default=0, ge=0)
     speed: Range | None = None
     gain_db: Range | None = None
+    gain_step_db: float | None = Field(default=None, gt=0)
     roll_seconds: float = Field(default=0.0, ge=0)
     equalise_db: float = Field(default=0.0, ge=0)
     noise_probability: float = Field(default=0.0, ge=0, le=1)
     noise_snr_db: Range = (10.0, 40.0)
+    clip: bool = True
     mix_probability: float = Field(default=0.0, ge=0, le=1)
     mixup_alpha: float = Field(default=0.0, ge=0)
     mixup_at: Literal["samples", "mel", "features"] = "features"
+    mixstyle_probability: float = Field(default=0.0, ge=0, le=1)
+    mixstyle_alpha: float = Field(default=0.4, gt=0)
     mel_jitter: Annotated[tuple[int, int], Strict(False)] | None = None
     masks: Annotated[tuple[int, int], Strict(False)] | None = None
 
@@ -64,6 +82,73 @@ class Augmentation(Declaration):
         return self
 
 
+class SamplingRecipe(Declaration):
+    """Which clips an epoch is made of, drawn anew for each without replacement, rare classes more often.
+
+    A clip's weight is the sum over its labels of 1000 / (offset + training clips of that label).
+
+    Attributes:
+        clips_per_epoch: how many are drawn; the more of all clips, the less the weights can do.
+        offset: keeps the rarest classes from being drawn over and over.
+
+    Source: EfficientAT datasets/audioset.py, get_ft_cls_balanced_sample_weights (100,000 clips, offset 100).
+    """
+
+    clips_per_epoch: int = Field(ge=1)
+    offset: float = Field(default=100.0, ge=0)
+
+
+class TemperatureSchedule(Declaration):
+    """The temperature of dynamic convolutions, lowered from epoch to epoch.
+
+    In epoch e, from 0, it is max(start - step e, 1 + slope (start - 1) / step - slope e, 1).
+
+    Attributes:
+        start: temperature of the first epoch.
+        step: fall per epoch.
+        slope: fall per epoch of the second line, which ends where the first would without it; 0 leaves the first alone.
+
+    Source: EfficientAT models/dymn/model.py, update_params; its factory has 30, 1 and 0.02.
+    """
+
+    start: float = Field(default=30.0, ge=1)
+    step: float = Field(default=1.0, gt=0)
+    slope: float = Field(default=0.02, ge=0)
+
+    def at(self, epoch: int) -> float:
+        """Return the temperature of an epoch, counted from 0."""
+        second = 1 + self.slope * (self.start - 1) / self.step - self.slope * epoch
+        return max(self.start - self.step * epoch, second, 1.0)
+
+
+class LossRecipe(Declaration):
+    """What is added to or changed in the cross-entropy; every field is off at its default.
+
+    Attributes:
+        class_balanced: beta of the class-balanced loss, e.g. 0.9999: clips weigh by the inverse effective number of
+            training clips of their class. None for equal weights.
+        supcon: share s of the supervised contrastive loss on the embedding in (1 - s) * main + s * contrastive.
+        supcon_temperature: of its similarities.
+    """
+
+    class_balanced: float | None = Field(default=None, ge=0, lt=1)
+    supcon: float = Field(default=0.0, ge=0, lt=1)
+    supcon_temperature: float = Field(default=0.07, gt=0)
+
+
+class DistillationRecipe(Declaration):
+    """How a teacher's answers are learnt; who the teacher is, is the caller's to say.
+
+    Attributes:
+        weight: w of the teacher's term in (1 - w) * labels + w * teacher.
+        missing: training clips without stored teacher logits are an ``error``, or learnt from their ``labels`` alone:
+            their teacher term is 0 and still counts in the mean.
+    """
+
+    weight: float = Field(default=0.9, gt=0, le=1)
+    missing: Literal["error", "labels"] = "error"
+
+
 class Recipe(Declaration):
     """What a training run does.
 
@@ -73,11 +158,22 @@ class Recipe(Declaration):
         frontend: preset name.
         task: ``single_label`` (softmax, cross-entropy) or ``multi_label`` (sigmoid, binary cross-entropy).
         seed: of weights, split, order and augmentation.
+        split_seed: of the split and of ``imbalance`` alone, so that runs with other seeds share them; None: ``seed``.
         epochs: passes over the training split.
         batch_size: clips per device and step.
         optimizer, lr, weight_decay: AdamW (decoupled decay) or Adam; peak learning rate.
-        warmup_epochs: linear rise from zero; a cosine to ``final_lr`` times the peak follows.
+        schedule: of the learning rate. ``cosine``: a linear rise over ``warmup_epochs``, then a cosine to ``final_lr``
+            times the peak at the last epoch. ``published`` (EfficientAT's, constant within an epoch): an exponential
+            rise over ``warmup_epochs``, flat to ``ramp_down_start``, a straight line over ``ramp_down_epochs`` to
+            ``final_lr`` times the peak, flat; these epochs are absolute, however many are trained.
+        warmup_epochs, final_lr, ramp_down_start, ramp_down_epochs: of the schedule.
         label_smoothing: share of the target spread over all classes.
+        layer_decay: learning rates fall by this factor per block from the head down to the stem; None for one rate.
+        freeze: whatever these state_dict prefixes name (``features.0``, whole parts between dots) stays as it is,
+            BatchNorm statistics included.
+        temperature_schedule: of dynamic convolutions; None leaves the model's temperature as it is.
+        sampling: draws the clips of an epoch by class; None takes every clip once.
+        fine_tuning: meant to begin with a trained checkpoint; from scratch it is refused.
         bn_momentum: of every BatchNorm, or None for the architecture's own.
         seconds: longest training clip; a longer one is cropped at random. None for whole clips.
         crop_seconds_min: where given, the length of each batch is drawn between this and ``seconds``.
@@ -87,6 +183,12 @@ class Recipe(Declaration):
         val_fraction: share of the training clips (or groups) set aside where the data has no ``val`` split.
         patience: epochs without a better validation score before stopping; 0 for never.
         precision: Lightning's, e.g. ``32-true``, ``16-mixed``, ``bf16-mixed``.
+        select: metric of the validation split by which the best epoch is chosen (single label; multi label always
+            goes by mean average precision). Where classes are not equally frequent, ``balanced_accuracy``.
+        imbalance: thin the training split to this ratio of the most to the least frequent class, for experiments: see
+            :meth:`models_zoo.dataset.Dataset.thinned`. Validation and test stay as they are.
+        loss: additions to the cross-entropy.
+        distillation: learn from a teacher; None for labels alone.
         augmentation: changes to training clips.
         license, training_data: of the weights, for the card: what may be done with them, and whom they are owed to.
     """
@@ -96,13 +198,22 @@ class Recipe(Declaration):
     frontend: str = "efficientat"
     task: Literal["single_label", "multi_label"] = "single_label"
     seed: int = Field(default=0, ge=0)
+    split_seed: int | None = Field(default=None, ge=0)
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=32, ge=2)
     optimizer: Literal["adamw", "adam"] = "adamw"
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
+    schedule: Literal["cosine", "published"] = "cosine"
     warmup_epochs: float = Field(default=2, ge=0)
+    ramp_down_start: float = Field(default=10, ge=0)
+    ramp_down_epochs: float = Field(default=65, gt=0)
     final_lr: float = Field(default=0.01, ge=0, le=1)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    freeze: Sequence[str] = ()
+    temperature_schedule: TemperatureSchedule | None = None
+    sampling: SamplingRecipe | None = None
+    fine_tuning: bool = False
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     bn_momentum: float | None = Field(default=None, gt=0, le=1)
     seconds: float | None = Field(default=None, gt=0)
@@ -113,6 +224,10 @@ class Recipe(Declaration):
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
     patience: int = Field(default=0, ge=0)
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    select: Literal["accuracy", "balanced_accuracy"] = "accuracy"
+    imbalance: float | None = Field(default=None, ge=1)
+    loss: LossRecipe = LossRecipe()
+    distillation: DistillationRecipe | None = None
     augmentation: Augmentation = Augmentation()
     license: str = ""
     training_data: str = ""
