@@ -162,6 +162,9 @@ class ModelCard(_Part):
         exporter_reason: why.
         license: of the weights.
         training_data: what it was trained on, with credits.
+        parameters: trainable numbers of the network, without buffers such as the statistics of norms; None if unknown.
+        macs: multiply-accumulates of the network, front end excluded, for one clip of 10 s (of the nearest legal length
+            where it takes no such clip); None if unknown. ``train_torch/costs.py`` says what counts.
         metrics: name -> measured value.
         provenance: free-form record: recipe, seed, versions, checkpoint hash.
         checkpoint: the published file, or None.
@@ -185,6 +188,8 @@ class ModelCard(_Part):
     exporter_reason: str = ""
     license: str = ""
     training_data: str = ""
+    parameters: int | None = Field(default=None, ge=0)
+    macs: int | None = Field(default=None, ge=0)
     metrics: dict[str, float] = Field(default_factory=dict)
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
     checkpoint: CheckpointSource | None = None

@@ -7,6 +7,8 @@ only a class count asked for may replace entries, and what it replaced is return
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from models_zoo.cards import CARD_KEY, ModelCard
-from models_zoo.errors import CardError, CheckpointError
+from models_zoo.errors import CardError, CheckpointError, UnknownNameError
 from models_zoo.files import replacing
-from models_zoo.registry import get_card
+from models_zoo.registry import get_card, list_models, published_as, shipped_checkpoint
+from train_torch.costs import count_costs
+from train_torch.download import fetch_checkpoint
+from train_torch.identify import likeness
 from train_torch.models import Model, check_card, create_from_card
 
 __all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
 
 _PUBLISHED_SUFFIXES = (".pt", ".pth", ".ckpt")
+
+_AVERAGED = "n_averaged"
+"""What ``torch.optim.swa_utils.AveragedModel`` stores beside the weights."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,48 +81,82 @@ def load_checkpoint(
     *,
     num_classes: int | None = None,
     labels: Sequence[str] | None = None,
+    checkpoints: str | Path | None = None,
+    container: str | None = None,
 ) -> Checkpoint:
-    """Return the model in a checkpoint file.
+    """Return the model in a checkpoint file, or the published model of a name.
+
+    What training code wraps around weights is taken off: ``module.``, ``model.`` and the like before every name
+    (``nn.DataParallel``, ``torch.compile``, an averaged model), and a dict that holds one state_dict and other things.
 
     Args:
-        path: our own ``.safetensors``, which holds its card; or a published ``.pt``/``.pth`` state_dict.
-        card: of a file that holds none: a :class:`ModelCard`, or the name of one in the zoo.
+        path: our own ``.safetensors``, which holds its card; a published ``.pt``/``.pth`` state_dict; or the name of a
+            card, ``mn10_as``, whose published file is then used, downloaded if need be.
+        card: of a file that holds none: a :class:`ModelCard`, or the name of one in the zoo. Not needed for a published
+            file that still has its name.
         num_classes: build the head for this many classes. Where the file's head has another count, the entries that
             depend on it start afresh and are named in ``replaced``; where it has this count, all weights are kept.
             0 leaves the head out.
         labels: class names in order; their number stands for ``num_classes``.
+        checkpoints: folder with published files, see :func:`~train_torch.download.checkpoint_folder`.
+        container: which entry of the file to take where it holds several sets of weights, e.g. ``ema``.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, corrupt, unsafe, without a card, or not fitting it.
         CardError: the card is impossible, or the labels disagree with ``num_classes``.
         UnknownNameError: no card of that name.
+        DownloadError, OutputWriteError: see :func:`~train_torch.download.fetch_checkpoint`.
     """
-    path = Path(path)
+    path, given = _locate(path, get_card(card) if isinstance(card, str) else card, checkpoints)
     if labels is not None:
         if num_classes not in (None, len(labels)):
             raise CardError(f"labels: got {len(labels)} for num_classes {num_classes}; give as many", field="labels")
         num_classes = len(labels)
     sha256 = _sniff(path)
-    given = get_card(card) if isinstance(card, str) else card
     if path.suffix == ".safetensors":
         state, own = _read_safetensors(path)
         if own is not None and given is not None and given != own:
             raise CheckpointError(f"{path} holds its own card, {own.name!r}, which differs from the one given; omit it")
         given = own or given
     else:
-        state = _read_published(path, given)
+        state = _read_published(path, given, sha256, container)
     if given is None:
         raise CheckpointError(
             f"{path} holds no card, so nothing says which model it is; name one: load_checkpoint(path, 'mn10_as') "
-            "(--model on the command line)"
+            "(--card on the command line, --model for an export)"
         )
     model = create_from_card(given, **({} if num_classes is None else {"num_classes": num_classes}))
-    replaced = _load_state(path, model, state, given.name, replace_head=num_classes is not None)
+    state = _unwrapped(state, model.state_dict())
+    replaced = _load_state(path, model, state, given, replace_head=num_classes is not None)
     model.eval()
     if num_classes is not None:
         given = _recount(given, cast(Model, model), labels, replaced, sha256)
     check_card(model, given)
     return Checkpoint(model, given, replaced, sha256)
+
+
+def _locate(path: str | Path, given: ModelCard | None, checkpoints: str | Path | None) -> tuple[Path, ModelCard | None]:
+    """Return the file asked for by path or by a card's name, and its card where that is known before reading it."""
+    text = os.fspath(path)
+    suffix = Path(text).suffix
+    if os.path.isfile(text) or Path(text).name != text or suffix in (".safetensors", *_PUBLISHED_SUFFIXES):
+        published = published_as(Path(text).name) if given is None and suffix in _PUBLISHED_SUFFIXES else None
+        if published is not None:
+            _log.info("%s is the published file of card %r", text, published)
+        return Path(text), given if published is None else get_card(published)
+    try:
+        named = get_card(text)
+    except UnknownNameError:
+        if suffix or os.path.exists(text):
+            return Path(text), given  # refused as a file
+        raise UnknownNameError("checkpoint", text, list_models()) from None
+    if given is not None and given != named:
+        raise CheckpointError(
+            f"{text!r} is a published model with a card of its own, which differs from card {given.name!r}; give one "
+            "of them, or the path of a file"
+        )
+    shipped = shipped_checkpoint(named.name)
+    return (shipped, None) if shipped is not None else (fetch_checkpoint(named, checkpoints), named)
 
 
 def _sniff(path: Path) -> str:
@@ -153,14 +197,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], ModelCard | None]:
         raise CheckpointError(f"{path} holds a card that cannot be read: {error}") from error
 
 
-def _read_published(path: Path, card: ModelCard | None) -> Mapping[Any, Any]:
+def _read_published(path: Path, card: ModelCard | None, sha256: str, container: str | None) -> Mapping[str, Tensor]:
     source = None if card is None else card.checkpoint
     if source is not None:
         for algorithm, stated in (("sha256", source.sha256), ("md5", source.md5)):
-            if stated is not None and _digest(path, algorithm) != stated:
+            found = sha256 if algorithm == "sha256" else _md5(path)
+            if stated is not None and found != stated:
                 raise CheckpointError(
-                    f"{path} is not the published {source.file}: its {algorithm} is not {stated}; download it again "
-                    f"from {source.url}, or give a card without the hash if the file is your own"
+                    f"{path} is not the published {source.file}: its {algorithm} is {found}, not {stated}; download it "
+                    f"again from {source.url}, or give a card without the hash if the file is your own"
                 )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -171,33 +216,60 @@ def _read_published(path: Path, card: ModelCard | None) -> Mapping[Any, Any]:
             f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}). Get the "
             "file again from its publisher"
         ) from error
-    if source is not None and source.container is not None:
-        if not isinstance(loaded, Mapping) or source.container not in loaded:
-            raise CheckpointError(f"{path} has no entry {source.container!r}, where card {card.name!r} expects weights")
-        loaded = loaded[source.container]
+    container = container or (None if source is None else source.container)
+    if container is not None:
+        if not isinstance(loaded, Mapping) or container not in loaded:
+            raise CheckpointError(f"{path} has no entry {container!r}, where its weights are expected")
+        loaded = loaded[container]
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a state_dict, tensors by name")
-    strangers = [str(key) for key, value in loaded.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if strangers:
-        raise CheckpointError(
-            f"{path} is no plain state_dict; not tensors: {_listed(strangers)}; if the weights lie under one of these, "
-            "give a card whose checkpoint.container names it"
-        )
+    if not _is_state(loaded):
+        inside = [key for key, value in loaded.items() if isinstance(key, str) and _is_state(value)]
+        if len(inside) != 1:
+            strangers = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
+            raise CheckpointError(
+                f"{path} holds several sets of weights: {_listed(inside)}; say which: container={inside[0]!r}"
+                if inside
+                else f"{path} is no state_dict and holds none; not tensors: {_listed(strangers)}"
+            )
+        _log.info("%s: taking the weights under %r", path, inside[0])
+        loaded = loaded[inside[0]]
     prefix = "" if source is None else source.prefix
     return {key.removeprefix(prefix): value for key, value in loaded.items()}
 
 
-def _digest(path: Path, algorithm: str) -> str:
+def _is_state(value: object) -> bool:
+    """Return whether ``value`` is tensors by name, at least one."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
+    )
+
+
+def _unwrapped(state: Mapping[str, Tensor], expected: Collection[str]) -> Mapping[str, Tensor]:
+    """Return ``state`` without what wrappers put before every name (``module.``, ``_orig_mod.``, ``model.``, ...)."""
+    names = {key.partition(".")[0] for key in state if key != _AVERAGED}
+    while state and not any(key in expected for key in state) and len(names) == 1 and "" not in names:
+        if not all("." in key for key in state if key != _AVERAGED):
+            break
+        state = {key.partition(".")[2]: value for key, value in state.items() if key != _AVERAGED}
+        names = {key.partition(".")[0] for key in state}
+    return state
+
+
+def _md5(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _load_state(
-    path: Path, model: nn.Module, state: Mapping[str, Tensor], name: str, *, replace_head: bool
+    path: Path, model: nn.Module, state: Mapping[str, Tensor], card: ModelCard, *, replace_head: bool
 ) -> tuple[str, ...]:
     """Load ``state`` strictly; return the entries that were replaced (or, without a head, left out)."""
     described = cast(Model, model)
     expected = model.state_dict()
+    whole = state
     head = [key for key in expected if key.startswith(described.head_prefix)]
     replaced: tuple[str, ...] = ()
     if not head:
@@ -224,10 +296,14 @@ def _load_state(
         parts = [("missing", missing), ("unexpected", unexpected), ("other shape or type", shapes)]
         found = "; ".join(f"{what}: {_listed(names)}" for what, names in parts if names)
         only_classes = not missing and not unexpected and set(misfits) <= set(described.class_keys)
-        advice = (
-            "pass num_classes (or labels) to choose the class count" if only_classes else "use the card it belongs to"
+        if only_classes:
+            raise CheckpointError(
+                f"{path} does not fit {card.name!r}: {found}; pass num_classes (or labels) to choose the class count"
+            )
+        raise CheckpointError(
+            f"{path} does not fit {card.name!r}: {likeness(whole, described, card)}; {found}; use the card it belongs "
+            "to"
         )
-        raise CheckpointError(f"{path} does not fit {name!r}: {found}; {advice}")
     taken = {key: value.to(expected[key].dtype) for key, value in taken.items()}
     _check_finite(path, taken)
     model.load_state_dict({**expected, **taken}, strict=True)
@@ -253,6 +329,7 @@ def _recount(
     if names != card.labels:
         changes |= {"thresholds": None, "median_filters": None}
     if not same:
+        changes |= count_costs(cast(nn.Module, model), model.inputs, card.frontend, card.length_policy)._asdict()
         changes |= {"metrics": {}, "checkpoint": None}
         changes["provenance"] = {**card.provenance, "initialised_from": {"name": card.name, "sha256": sha256}}
     return card.replace(**changes)

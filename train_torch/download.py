@@ -111,7 +111,12 @@ def _download(source: CheckpointSource, path: Path, *, progress: bool) -> str:
     _log.info("downloading %s to %s", source.url, path.parent)
     with replacing(path, force=True) as partial:
         bar = tqdm(
-            desc=path.name, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr, disable=None if progress else True
+            desc=path.name,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            file=sys.stderr,
+            disable=None if progress else True,
         )
         with bar:
             # The stored length is that of the file itself only where nothing compresses it on the way.

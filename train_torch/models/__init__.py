@@ -13,6 +13,7 @@ from models_zoo.errors import CardError, UnknownNameError
 from models_zoo.registry import get_card, list_models
 from models_zoo.schema import Declaration
 from models_zoo.specs import FrontendSpec
+from train_torch.costs import count_costs
 from train_torch.models.efficientat_dymn import DyMN, DyMNOptions
 from train_torch.models.efficientat_mn import MN, MNOptions
 
@@ -26,8 +27,10 @@ class Model(Protocol):
         inputs, outputs: of the graph, in order; ``forward`` takes the inputs by name and returns a dict of the outputs.
         system: published system the family belongs to.
         options: JSON-ready dict with which :func:`create_model` builds the same network.
+        declared: the same as a declaration.
         head_prefix: of the state_dict entries behind the embedding.
         class_keys: those of them that belong to one class count, i.e. that fine-tuning to others replaces.
+        children_in_order: where they are not declared in the order they are computed in: their names in that order.
         layout: of the features it takes, in :class:`FrontendSpec` terms.
         exporter, exporter_reason: which of torch's ONNX exporters serves the family, and why.
     """
@@ -36,6 +39,7 @@ class Model(Protocol):
     outputs: tuple[ModelOutput, ...]
     system: str
     options: dict[str, Any]
+    declared: Declaration
     head_prefix: str
     class_keys: tuple[str, ...]
     layout: str
@@ -157,6 +161,7 @@ def new_card(
     described = cast(Model, model)
     if "length_policy" not in fields and frontend is not None:
         fields["length_policy"] = _length_policy(described, frontend)
+    costs = count_costs(model, described.inputs, frontend, fields.get("length_policy"))
     card = ModelCard(
         name=name,
         system=fields.pop("system", described.system),
@@ -167,7 +172,12 @@ def new_card(
         outputs=described.outputs,
         frontend=frontend,
         labels=labels,
-        **{"exporter": described.exporter, "exporter_reason": described.exporter_reason, **fields},
+        **{
+            "exporter": described.exporter,
+            "exporter_reason": described.exporter_reason,
+            **costs._asdict(),
+            **fields,
+        },
     )
     check_card(model, card)
     return card
