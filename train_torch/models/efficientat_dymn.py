@@ -269,7 +269,9 @@ class DyMN(nn.Module):
     children_in_order: ClassVar[tuple[str, ...]] = ("in_c", "layers", "out_c", "classifier")
     head_prefix: ClassVar[str] = "classifier."
     exporter: ClassVar[Literal["torchscript", "dynamo"]] = "torchscript"
-    exporter_reason: ClassVar[str] = ""
+    exporter_reason: ClassVar[str] = (
+        "dymn10 exports in 2.7 s (dynamo: 40 s); both graphs run within 4 % of each other in onnxruntime"
+    )
 
     def __init__(self, options: DyMNOptions) -> None:
         super().__init__()
