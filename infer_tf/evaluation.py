@@ -58,29 +58,28 @@ def _number(value: float) -> float | None:
 def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
     """Return the measures of ``classifier`` on labelled recordings.
 
-    Recordings are read from their files as in production; a labelled stretch (onset, offset) is cut out first. A
-    progress bar is shown on standard error where that is a terminal.
+    Recordings are read from their files as in production; a labelled stretch (onset, offset) is cut out first. Labels
+    that the data leaves unknown (column ``absent``) count neither for nor against the model. A progress bar is shown
+    on standard error where that is a terminal.
 
     Raises:
         DataError: the data has labels the model does not have, or no recordings.
         AudioDecodeError, WaveformError: a recording cannot be scored; the message names it.
     """
     labels = _matching_labels(classifier, dataset)
-    index = {label: i for i, label in enumerate(labels)}
-    targets = np.zeros((len(dataset), len(labels)), np.int64)
-    for row, record in enumerate(dataset.records):
-        targets[row, [index[label] for label in record.labels]] = 1
+    dataset = dataset.with_labels(labels)
+    targets, known = dataset.multi_hot().astype(np.int64), dataset.known()
     scores = np.stack(
         [
             _probabilities(classifier, record)
             for record in tqdm(dataset.records, unit="file", file=sys.stderr, disable=None)
         ]
     )
-    precision = metrics.average_precision(targets, scores)
-    auc = metrics.roc_auc(targets, scores)
-    mean_auc = metrics.mean_roc_auc(targets, scores)
+    precision = metrics.average_precision(targets, scores, known)
+    auc = metrics.roc_auc(targets, scores, known)
+    mean_auc = metrics.mean_roc_auc(targets, scores, known)
     measures = {
-        "mAP": metrics.mean_average_precision(targets, scores),
+        "mAP": metrics.mean_average_precision(targets, scores, known),
         "AUC": mean_auc,
         "d_prime": float(metrics.d_prime(mean_auc)),
     }
@@ -89,7 +88,7 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
         for i, label in enumerate(labels)
     }
     confusion = None
-    if (targets.sum(axis=1) == 1).all():
+    if known is None and (targets.sum(axis=1) == 1).all():
         truth, answers = targets.argmax(axis=1), scores.argmax(axis=1)
         confusion = metrics.confusion_matrix(truth, answers, len(labels))
         measures = {

@@ -43,14 +43,19 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--epochs", type=int)
     recipe.add_argument("--batch-size", type=int)
     recipe.add_argument("--lr", type=float, help="peak learning rate")
+    recipe.add_argument("--freeze", nargs="+", metavar="PREFIX", help="leave these parts as they are, e.g. features.0")
+    recipe.add_argument("--layer-decay", type=float, help="factor on the learning rate per block away from the head")
     recipe.add_argument("--seed", type=int)
     recipe.add_argument("--seconds", type=float, help="longest training clip; longer ones are cropped at random")
     recipe.add_argument("--patience", type=int, help="epochs without improvement before stopping; 0: never")
     recipe.add_argument("--val-fraction", type=float, help="share set aside where the data has no validation split")
     recipe.add_argument("--precision", choices=tuple(_PRECISIONS), help="16 and bf16: mixed precision")
     start = fit.add_argument_group("starting point")
-    start.add_argument("--init", metavar="CHECKPOINT", help="fine-tune: .safetensors, or a published .pt with --card")
-    start.add_argument("--card", metavar="NAME", help="card of a published checkpoint, e.g. mn10_as")
+    start.add_argument(
+        "--init", metavar="CHECKPOINT", help="fine-tune: a published model's name, e.g. mn10_as, or a file"
+    )
+    start.add_argument("--card", metavar="NAME", help="card of a file that holds none; alone, the same as --init NAME")
+    _add_checkpoints(start)
     start.add_argument("--resume", action="store_true", help="go on with the run in --out after its last full epoch")
     start.add_argument("--force", action="store_true", help="replace the run in --out")
     _add_split_options(fit, ("file", "speaker", "fold"))
@@ -69,9 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(run=_fit)
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint on labelled recordings")
-    evaluate.add_argument("checkpoint", help=".safetensors, or a published .pt with --card")
+    evaluate.add_argument("checkpoint", help="a .safetensors file, a published .pt, or a published model's name")
     evaluate.add_argument("--data", required=True, help="folder with the recordings, or its table")
-    evaluate.add_argument("--card", metavar="NAME", help="card of a published checkpoint")
+    evaluate.add_argument("--card", metavar="NAME", help="card of a file that holds none")
+    _add_checkpoints(evaluate)
     evaluate.add_argument("--split", help="train, validation or test (default: every clip)")
     _add_split_options(evaluate, ("speaker", "fold"))
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -99,6 +105,15 @@ def _add_split_options(parser: argparse.ArgumentParser, groups: Sequence[str]) -
     parser.add_argument("--split-by", choices=groups, help="keep the clips of one speaker or fold on one side")
     parser.add_argument(
         "--hold-out", metavar="GROUP", nargs="+", default=[], help="test on these speakers or folds (with --split-by)"
+    )
+
+
+def _add_checkpoints(parser: Any) -> None:
+    parser.add_argument(
+        "--checkpoints",
+        metavar="DIR",
+        help="folder with published checkpoints; missing ones are downloaded into it (default: $CROSSFADE_CACHE, else "
+        "the user's cache folder)",
     )
 
 
@@ -136,8 +151,9 @@ def _fit(options: argparse.Namespace) -> None:
             split_by=options.split_by,
             hold_out=tuple(options.hold_out),
             validate_by=options.validate_by,
-            init=options.init,
+            init=options.init or options.card,
             init_card=options.card,
+            checkpoints=options.checkpoints,
             device=options.device,
             devices=options.devices,
             workers=options.workers,
@@ -167,6 +183,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.checkpoint,
         options.data,
         card=options.card,
+        checkpoints=options.checkpoints,
         split=options.split,
         split_by=options.split_by,
         hold_out=tuple(options.hold_out),
