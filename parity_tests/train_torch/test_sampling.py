@@ -119,7 +119,7 @@ def test_a_clip_without_a_label_is_never_drawn():
     dataset = replace(clips(*["dog"] * 8, "", absent=("dog",)), labels=("dog",))
     assert sampling_weights(dataset, SamplingRecipe(clips_per_epoch=8))[-1] == 0
     assert 8 not in {index for epoch in range(20) for index in drawn(batches(dataset, 4), epoch)}
-    with pytest.raises(DataError, match="9; .* has 8 training clips with a label"):
+    with pytest.raises(DataError, match=r"9; .* has 8 training clips with a label"):
         batches(dataset, 9)
 
 
