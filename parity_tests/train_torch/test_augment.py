@@ -6,7 +6,18 @@ import torch
 
 from models_zoo.errors import DataError, SpecError, UnknownNameError
 from models_zoo.presets import get_frontend
-from train_torch.augment import augment, change_speed, coloured_noise, draw_mixing, equalise, fit_length
+from train_torch import frontend as frontend_module
+from train_torch.augment import (
+    augment,
+    change_speed,
+    coloured_noise,
+    draw_mixing,
+    equalise,
+    fit_length,
+    mix_labels,
+    mix_waveforms,
+)
+from train_torch.frontend import Mixing, MixStyle, TorchFrontend
 from train_torch.losses import clip_loss
 from train_torch.models import create_model
 from train_torch.recipes import Augmentation, Recipe, get_recipe, list_recipes
@@ -117,6 +128,139 @@ def test_mixing_keeps_each_clip_the_louder_part_and_labels_a_distribution():
     assert 0.4 < float((mixing.weight < 1).float().mean()) < 0.6
     targets = mixing(torch.eye(10)[torch.arange(500) % 10])
     assert torch.allclose(targets.sum(dim=1), torch.ones(500))
+
+
+def test_mixup_is_the_published_one():
+    """Every clip, Beta(0.3, 0.3) of its own, folded to the louder half; clips and labels by the same weight."""
+    mixing = draw_mixing(4000, np.random.default_rng(0), alpha=0.3, probability=1.0)
+    published = np.random.default_rng(1).beta(0.3, 0.3, 4000)
+    for quantile in (0.1, 0.5, 0.9):
+        expected = np.quantile(np.maximum(published, 1 - published), quantile)
+        assert np.quantile(mixing.weight.numpy(), quantile) == pytest.approx(expected, abs=0.02)
+    assert len(np.unique(mixing.weight)) > 2000
+    assert sorted(mixing.permutation.tolist()) == list(range(4000))
+    values, targets = torch.randn(4000, 3, 5), torch.eye(7)[torch.arange(4000) % 7]
+    mixed, labels = mixing(values), mix_labels(mixing, targets)[0]
+    for i in (0, 17, 3999):
+        weight, other = float(mixing.weight[i]), int(mixing.permutation[i])
+        assert torch.allclose(mixed[i], weight * values[i] + (1 - weight) * values[other], atol=1e-6)
+        assert torch.allclose(labels[i], weight * targets[i] + (1 - weight) * targets[other], atol=1e-6)
+
+
+def test_waveforms_are_mixed_at_mean_zero_and_others_left_alone():
+    mixing = Mixing(torch.tensor([1, 2, 0]), torch.tensor([0.75, 1.0, 0.5]))
+    clips = torch.randn(3, 400, generator=torch.Generator().manual_seed(0)) * 0.1 + torch.tensor([[0.5], [0.3], [-0.2]])
+    mixed = mix_waveforms(mixing, clips)
+    centred = clips - clips.mean(dim=1, keepdim=True)
+    assert torch.allclose(mixed[0], 0.75 * centred[0] + 0.25 * centred[1], atol=1e-7)
+    assert torch.equal(mixed[1], clips[1]), "a clip that is not mixed keeps its mean"
+    assert torch.allclose(mixed[2], 0.5 * centred[2] + 0.5 * centred[0], atol=1e-7)
+
+
+def test_waveform_mixing_weights_are_the_published_ones():
+    mixing = draw_mixing(8000, np.random.default_rng(0), alpha=2.0, probability=0.5)
+    mixed = mixing.weight[mixing.weight < 1].numpy()
+    assert len(mixed) / 8000 == pytest.approx(0.5, abs=0.02)
+    assert mixed.min() >= 0.5
+    assert mixed.mean() == pytest.approx(0.6875, abs=0.005)  # of max(l, 1 - l), l from Beta(2, 2)
+
+
+def test_roll_is_uniform_over_whole_samples_both_ends_included():
+    settings, clip = Augmentation(roll_seconds=0.125), np.zeros(RATE, np.float32)
+    clip[16000] = 0.5
+    rng = np.random.default_rng(0)
+    shifts = [
+        int(augment(clip, settings, rng, sample_rate=RATE, num_samples=RATE).argmax()) - 16000 for _ in range(3000)
+    ]
+    assert -4000 <= min(shifts) < -3980
+    assert 3980 < max(shifts) <= 4000
+    assert np.mean(shifts) == pytest.approx(0, abs=130)
+    tiny = Augmentation(roll_seconds=2 / RATE)
+    seen = [int(augment(clip, tiny, rng, sample_rate=RATE, num_samples=RATE).argmax()) - 16000 for _ in range(1000)]
+    counts = {shift: seen.count(shift) for shift in (-2, -1, 0, 1, 2)}
+    assert sum(counts.values()) == 1000
+    assert min(counts.values()) > 140
+
+
+def test_gain_by_whole_decibels_and_without_clipping():
+    settings = get_recipe("finetune_esc50").augmentation.replace(roll_seconds=0.0)
+    clip, rng = tone(500, 4000, level=0.9), np.random.default_rng(0)
+    gains = []
+    for _ in range(600):
+        changed = augment(clip, settings, rng, sample_rate=RATE, num_samples=clip.size)
+        gains.append(20 * np.log10(changed.max() / clip.max()))
+    assert np.abs(np.array(gains) - np.round(gains)).max() < 1e-4
+    assert set(np.round(gains).astype(int)) == set(range(-12, 12))
+    loud = augment(clip, Augmentation(gain_db=(6, 6)), rng, sample_rate=RATE, num_samples=clip.size)
+    assert loud.max() == 1
+    anywhere = Augmentation(gain_db=(-12, 11), clip=False)
+    assert len({augment(clip, anywhere, rng, sample_rate=RATE, num_samples=4000)[100] for _ in range(50)}) == 50
+
+
+# Frequency-wise mixstyle
+
+
+def published_mixstyle(x, own, partner, eps=1e-6):
+    """EfficientAT helpers/utils.py on ``(batch, 1, n_mels, time)``, its two draws given."""
+    mean, spread = x.mean(dim=[1, 3], keepdim=True), (x.var(dim=[1, 3], keepdim=True) + eps).sqrt()
+    own = own.view(-1, 1, 1, 1)
+    normed = (x - mean) / spread
+    return normed * (spread * own + spread[partner] * (1 - own)) + mean * own + mean[partner] * (1 - own)
+
+
+def noise_clips(count=6, num_samples=6400):
+    noise = torch.randn(count, num_samples, generator=torch.Generator().manual_seed(0))
+    return noise * torch.logspace(-3, -0.5, count).unsqueeze(1)
+
+
+def test_mixstyle_exchanges_statistics_per_band_as_published(monkeypatch):
+    own, partner = torch.tensor([0.1, 0.9, 0.5, 0.3, 1.0, 0.0]), torch.tensor([3, 0, 1, 5, 2, 4])
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self, shape: own.view(shape))
+    monkeypatch.setattr(torch, "randperm", lambda count: partner)
+    spec, clips = get_frontend("efficientat"), noise_clips()
+    plain = TorchFrontend(spec)(clips)
+    styled = TorchFrontend(spec, mixstyle=MixStyle(1.0, 0.4)).train()(clips)
+    expected = published_mixstyle(plain.unsqueeze(1), own, partner).squeeze(1)
+    assert torch.allclose(styled, expected, atol=1e-5)
+    assert torch.allclose(styled[4], plain[4], atol=1e-5)
+    assert float((styled[0] - plain[0]).abs().max()) > 0.1
+    mixing = Mixing(torch.tensor([1, 0, 2, 3, 4, 5]), torch.full((6,), 0.5))
+    both = TorchFrontend(spec, mixstyle=MixStyle(1.0, 0.4)).train()(clips, mixing)
+    assert torch.allclose(both, mixing(expected), atol=1e-5), "statistics are exchanged before clips are mixed"
+
+
+def test_mixstyle_acts_in_training_alone_and_on_its_share_of_batches():
+    spec, clips = get_frontend("efficientat"), noise_clips(num_samples=1600)
+    plain = TorchFrontend(spec)(clips)
+    frontend = TorchFrontend(spec, mixstyle=MixStyle(0.4, 0.4)).train()
+    torch.manual_seed(0)
+    changed = sum(not torch.equal(frontend(clips), plain) for _ in range(300))
+    assert 90 < changed < 150
+    torch.manual_seed(5)
+    first = frontend(clips)
+    torch.manual_seed(5)
+    assert torch.equal(frontend(clips), first)
+    state = torch.get_rng_state()
+    assert torch.equal(frontend.eval()(clips), plain)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(torch.equal(TorchFrontend(spec, mixstyle=MixStyle(1.0, 0.4))(clips), plain) for _ in range(20))
+    assert torch.isfinite(frontend_module._restyled(torch.randn(3, 1, 1, 8), MixStyle(1.0, 0.4))).all(), "one frame"
+
+
+def test_mixstyle_blocks_the_gradient_of_the_statistics(monkeypatch):
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self, shape: torch.full(shape, 0.25))
+    features = torch.randn(3, 1, 8, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    styled = frontend_module._restyled(features, MixStyle(1.0, 0.4))
+    styled.sum().backward()
+    # With the statistics held, each band is scaled by a constant; otherwise the mean would take its part back.
+    scale = (styled[..., 1:, :] - styled[..., :-1, :]) / (features[..., 1:, :] - features[..., :-1, :])
+    assert torch.allclose(features.grad, scale.mean(dim=2, keepdim=True).expand_as(features).detach(), atol=1e-3)
+
+
+def test_impossible_mixstyle():
+    for fields in ((1.1, 0.4), (0.5, 0.0), (-0.1, 0.4)):
+        with pytest.raises(SpecError):
+            MixStyle(*fields)
 
 
 def test_single_label_loss_is_smoothed_cross_entropy():
