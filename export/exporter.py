@@ -19,6 +19,7 @@ from export.verify import Verification, example_inputs, legal_lengths, verify_on
 from models_zoo.cards import CARD_KEY, VERIFICATION_KEY, ModelCard, ModelInput, ModelOutput
 from models_zoo.errors import CheckpointError, DataError, ExportError
 from models_zoo.files import check_writable, replacing
+from models_zoo.labels import check_labels
 from train_torch.checkpoint import load_checkpoint
 from train_torch.models import Model, check_card
 
@@ -85,6 +86,7 @@ def export_checkpoint(
     path: str | Path,
     *,
     model: str | None = None,
+    checkpoints: str | Path | None = None,
     name: str | None = None,
     labels_file: str | Path | None = None,
     exporter: Literal["torchscript", "dynamo"] | None = None,
@@ -93,21 +95,25 @@ def export_checkpoint(
     """Export a checkpoint file; return the card inside the ONNX file, and the comparison.
 
     Args:
-        checkpoint: our ``.safetensors``, or a published file.
+        checkpoint: our ``.safetensors``, a published file, or the name of a published model.
         path: of the ONNX file.
-        model: name of the card of a published file.
+        model: name of the card of a file that holds none.
+        checkpoints: folder with published checkpoints, see :func:`~train_torch.download.checkpoint_folder`.
         name: for the exported model; None for the card's.
-        labels_file: UTF-8 text, one class name per line in the model's order; None for the card's.
+        labels_file: UTF-8 text, one class name per line in the model's order, for a card without labels; where the
+            card has labels, they must be the same.
         exporter: None for the card's choice.
         force: replace an existing file.
 
     Raises:
+        CardError: the labels in the file are not those of the card; names the first that differs.
         AudioClassifierError: see :func:`~train_torch.checkpoint.load_checkpoint` and :func:`export_onnx`; also where
             the labels are more or fewer than the checkpoint's classes.
     """
     check_writable(path, force=force)
     labels = None if labels_file is None else _read_labels(Path(labels_file))
-    loaded = load_checkpoint(checkpoint, model, labels=labels)
+    num_classes = None if labels is None else len(labels)
+    loaded = load_checkpoint(checkpoint, model, num_classes=num_classes, checkpoints=checkpoints)
     untrained = sorted(set(loaded.replaced) & set(loaded.model.state_dict()))
     if untrained:
         raise CheckpointError(
@@ -115,6 +121,10 @@ def export_checkpoint(
             f"ship an untrained head ({', '.join(untrained)}); give as many labels, or train the head first"
         )
     card = loaded.card if name is None else loaded.card.replace(name=name)
+    if labels is not None and card.labels is not None:
+        check_labels(labels, card.labels, given=str(labels_file), expected=f"card {card.name!r}")
+    elif labels is not None:
+        card = card.replace(labels=labels)
     if exporter is not None and exporter != card.exporter:
         card = card.replace(exporter=exporter, exporter_reason="asked for")
     return card, export_onnx(loaded.model, card, path, force=force, checkpoint_sha256=loaded.sha256)

@@ -1,7 +1,7 @@
 """Turn a checkpoint into one verified ONNX file.
 
 ``python export/pt2onnx.py model.safetensors -o model.onnx``
-``python export/pt2onnx.py mn10_as_mAP_471.pt --model mn10_as -o mn10_as.onnx``
+``python export/pt2onnx.py mn10_as -o mn10_as.onnx`` (a published model; downloaded if need be)
 
 The verification summary goes to stdout, errors go to stderr in one line. Exit codes: 0 exported and verified,
 1 the graph departs from the model (no file is left), 2 bad input or usage, 130 and 143 interrupted or terminated.
@@ -10,6 +10,7 @@ The verification summary goes to stdout, errors go to stderr in one line. Exit c
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -30,9 +31,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pt2onnx", description="Turn a checkpoint into one verified ONNX file with its card inside."
     )
-    parser.add_argument("checkpoint", help=".safetensors with its card inside, or a published .pt with --model")
+    parser.add_argument("checkpoint", help="a .safetensors file, a published .pt, or a published model's name")
     parser.add_argument("-o", "--output", required=True, help="the .onnx file to write")
-    parser.add_argument("--model", metavar="NAME", help="card of a published checkpoint, e.g. mn10_as")
+    parser.add_argument("--model", metavar="NAME", help="card of a file that holds none, e.g. mn10_as")
+    parser.add_argument(
+        "--checkpoints",
+        metavar="DIR",
+        help="folder with published checkpoints; missing ones are downloaded into it (default: $CROSSFADE_CACHE, else "
+        "the user's cache folder)",
+    )
     parser.add_argument("--name", help="name of the exported model (default: the card's)")
     parser.add_argument("--labels", metavar="FILE", help="class names, one per line, in the model's order")
     parser.add_argument("--exporter", choices=("torchscript", "dynamo"), help="default: the card's choice")
@@ -48,6 +55,7 @@ def _export(arguments: argparse.Namespace) -> str:
         arguments.checkpoint,
         arguments.output,
         model=arguments.model,
+        checkpoints=arguments.checkpoints,
         name=arguments.name,
         labels_file=arguments.labels,
         exporter=arguments.exporter,
@@ -65,6 +73,8 @@ def _export(arguments: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export as the arguments say; return the exit code."""
     arguments = _parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("train_torch").setLevel(logging.INFO)
     try:
         print(_export(arguments))
     except AudioClassifierError as error:

@@ -7,13 +7,14 @@ unchanged.
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from models_zoo.errors import UnknownNameError
+from models_zoo.errors import CardError, UnknownNameError
 
-__all__ = ["Label", "get_labels", "label_names", "list_label_sets"]
+__all__ = ["Label", "check_labels", "get_labels", "label_names", "list_label_sets"]
 
 _FOLDER = Path(__file__).parent / "labels"
 
@@ -52,3 +53,30 @@ def label_names(name: str) -> tuple[str, ...]:
         UnknownNameError: no such set.
     """
     return tuple(label.display_name for label in get_labels(name))
+
+
+def check_labels(labels: Sequence[str], wanted: Sequence[str], *, given: str, expected: str) -> None:
+    """Check that two label lists are the same, in the same order.
+
+    Args:
+        labels: what came.
+        wanted: what was expected.
+        given, expected: where the two come from, for the message.
+
+    Raises:
+        CardError: they are not; names the first index at which they differ.
+    """
+    if list(labels) == list(wanted):
+        return
+    index = next(
+        (i for i, pair in enumerate(zip(labels, wanted, strict=False)) if pair[0] != pair[1]),
+        min(len(labels), len(wanted)),
+    )
+    here, there = (repr(names[index]) if index < len(names) else "nothing" for names in (labels, wanted))
+    same = "the same names in another order" if sorted(labels) == sorted(wanted) else f"{len(labels)} labels"
+    raise CardError(
+        f"labels: {given} ({same}) first disagrees with {expected} ({len(wanted)} labels) at index {index} (line "
+        f"{index + 1}): {here}, not {there}; a model's labels are fixed when it is trained: correct the file, or leave "
+        "it out",
+        field="labels",
+    )

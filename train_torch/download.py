@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import quote
 
@@ -112,15 +113,26 @@ def _download(source: CheckpointSource, path: Path, *, progress: bool) -> str:
     with replacing(path, force=True) as partial:
         bar = tqdm(
             desc=path.name,
+            total=1,  # the server's word replaces it; without any, the downloader cannot tell a bar from none
             unit="B",
             unit_scale=True,
             unit_divisor=1024,
             file=sys.stderr,
             disable=None if progress else True,
         )
-        with bar:
-            # The stored length is that of the file itself only where nothing compresses it on the way.
-            fetch = pooch.HTTPDownloader(bar, _CHUNK, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
+        with bar, ExitStack() as responses:
+
+            def keep(response: requests.Response, **_settings: object) -> None:
+                responses.callback(response.close)  # the downloader leaves those of failed requests open
+
+            fetch = pooch.HTTPDownloader(
+                bar,
+                _CHUNK,
+                timeout=_TIMEOUT,
+                # The length stated is that of the file itself only where nothing compresses it on the way.
+                headers={"Accept-Encoding": "identity"},
+                hooks={"response": keep},
+            )
             try:
                 fetch(source.url, partial, None)
             except requests.RequestException as error:

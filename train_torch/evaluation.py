@@ -198,6 +198,7 @@ def evaluate(
     data: str | Path,
     *,
     card: str | None = None,
+    checkpoints: str | Path | None = None,
     split: str | None = None,
     split_by: Group | None = None,
     hold_out: tuple[str, ...] = (),
@@ -207,9 +208,10 @@ def evaluate(
     """Return the evaluation of a checkpoint on labelled recordings, each clip at its own length.
 
     Args:
-        checkpoint: ``.safetensors``, or a published file with ``card``.
+        checkpoint: ``.safetensors``, a published file, or the name of a published model.
         data: folder or table.
         card: name of the card where the file holds none.
+        checkpoints: folder with published checkpoints, see :func:`train_torch.download.checkpoint_folder`.
         split: one of the declared splits; None takes every clip.
         split_by, hold_out: score the clips of these speakers or folds, whatever their split.
         device: where to score.
@@ -219,7 +221,7 @@ def evaluate(
         AudioClassifierError: bad data, checkpoint or device.
     """
     target = "cuda" if accelerator_of(device) == "gpu" else "cpu"
-    loaded = load_checkpoint(checkpoint, card)
+    loaded = load_checkpoint(checkpoint, card, checkpoints=checkpoints)
     if loaded.card.labels is None or loaded.card.task not in ("single_label", "multi_label"):
         raise CheckpointError(f"{checkpoint}: task {loaded.card.task!r} without clip labels cannot be evaluated")
     dataset = read_dataset(data).by_file()

@@ -169,6 +169,7 @@ def fit(
     validate_by: Literal["file"] | Group | None = None,
     init: str | Path | None = None,
     init_card: str | None = None,
+    checkpoints: str | Path | None = None,
     device: Device = "auto",
     devices: int = 1,
     workers: int = 0,
@@ -187,8 +188,10 @@ def fit(
         recipe: what to do.
         name: of the model; by default made from the run folder's.
         split_by, hold_out, validate_by: see :func:`train_torch.data.split_dataset`.
-        init: checkpoint to start from; its architecture and front end then stand, the recipe's are not used.
+        init: checkpoint to start from, a file or the name of a published model; its architecture and front end then
+            stand, the recipe's are not used.
         init_card: name of its card where the file holds none.
+        checkpoints: folder with published checkpoints, see :func:`train_torch.download.checkpoint_folder`.
         device, devices: where to train, and how many of them.
         workers, cache_gib: see :class:`train_torch.data.ClipDataModule`.
         test: score the test split, if there is one, once at the end.
@@ -235,7 +238,7 @@ def fit(
 
     torch.manual_seed(recipe.seed)
     split_hash = _split_hash(dataset)
-    model, card = _start(recipe, dataset, name or _name_of(folder), init, init_card)
+    model, card = _start(recipe, dataset, name or _name_of(folder), init, init_card, checkpoints)
     card = card.replace(
         license=recipe.license,
         training_data=recipe.training_data,
@@ -356,7 +359,12 @@ def _split_hash(dataset: Dataset) -> str:
 
 
 def _start(
-    recipe: Recipe, dataset: Dataset, name: str, init: str | Path | None, init_card: str | None
+    recipe: Recipe,
+    dataset: Dataset,
+    name: str,
+    init: str | Path | None,
+    init_card: str | None,
+    checkpoints: str | Path | None,
 ) -> tuple[nn.Module, ModelCard]:
     """Return the model to train and its card: freshly initialised, or from a checkpoint."""
     if init is None:
@@ -376,7 +384,7 @@ def _start(
             length_policy=policy,
         )
         return model, card
-    loaded = load_checkpoint(init, init_card, labels=dataset.labels)
+    loaded = load_checkpoint(init, init_card, labels=dataset.labels, checkpoints=checkpoints)
     if loaded.card.frontend is None:
         raise CheckpointError(f"{init}: card {loaded.card.name!r} has no front end, so it cannot train on waveforms")
     replaced = ", ".join(loaded.replaced) or "nothing"

@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
 from export import exporter, pt2onnx
+from models_zoo.cards import CARD_KEY, ModelCard
 from models_zoo.errors import VerificationError
 from parity_tests.networks import card_of, lively
 from train_torch.checkpoint import save_checkpoint
@@ -99,6 +101,35 @@ def test_a_published_embedding(capsys, tmp_path):
     code, out, _ = run(capsys, tmp_path / "mn01_im.pt", "--model", "mn01_im", "-o", tmp_path / "m.onnx")
     assert code == 0
     assert "worst difference" in out
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ("class 0\nclass 2\nclass 1\n", "the same names in another order) first disagrees with card 'example' (3 "
+         "labels) at index 1 (line 2): 'class 2', not 'class 1'"),
+        ("class 0\nclass 1\nzebra\n", "at index 2 (line 3): 'zebra', not 'class 2'"),
+    ],
+)  # fmt: skip
+def test_labels_that_disagree_with_the_card_are_refused(capsys, checkpoint, tmp_path, labels, says):
+    (tmp_path / "labels.txt").write_text(labels)
+    code, _, err = run(capsys, checkpoint, "--labels", tmp_path / "labels.txt", "-o", tmp_path / "m.onnx")
+    assert code == 2
+    assert says in err
+    assert os.listdir(tmp_path) == ["labels.txt"]
+
+
+def test_labels_that_the_card_has_or_lacks_are_taken(capsys, checkpoint, tmp_path):
+    (tmp_path / "labels.txt").write_text("class 0\nclass 1\nclass 2\n")
+    arguments = ("--labels", tmp_path / "labels.txt", "-o", tmp_path / "m.onnx", "--force")
+    assert run(capsys, checkpoint, *arguments)[0] == 0
+    # A published network that someone gave three classes: its card's labels are not the file's.
+    torch.save(lively("mn01", num_classes=3).state_dict(), tmp_path / "m.pt")
+    assert run(capsys, tmp_path / "m.pt", "--model", "mn01_as", *arguments)[0] == 0
+    card = ModelCard.from_json(
+        {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}[CARD_KEY]
+    )
+    assert card.labels == ("class 0", "class 1", "class 2")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(capsys, checkpoint, tmp_path):
