@@ -33,6 +33,13 @@ CONTRACT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mn10_as_20": ("mn10_as", {"num_classes": 20}),
     "mn10_as_fc_20": ("mn10_as_fc", {"num_classes": 20}),
     "mn10_mha4_20": ("mn10", {"head": "multihead_attention_pooling", "num_classes": 20}),
+    "dymn04_as": ("dymn04_as", {}),
+    "dymn10_as": ("dymn10_as", {}),
+    "dymn20_as": ("dymn20_as", {}),
+    "dymn04_replace_se_as": ("dymn04_replace_se_as", {}),
+    "dymn04_as_20": ("dymn04_as", {"num_classes": 20}),
+    "dymn10_as_20": ("dymn10_as", {"num_classes": 20}),
+    "dymn20_as_20": ("dymn20_as", {"num_classes": 20}),
 }
 """Name in the contracts -> name and options for ``create_model``."""
 
@@ -63,9 +70,12 @@ def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
         for norm in norms:
             norm.momentum = 1.0
         with torch.no_grad():
-            for module in model.modules():
+            for key, module in model.named_modules():
                 if isinstance(module, nn.Linear):
                     nn.init.kaiming_normal_(module.weight)
+                # A dynamic block's factors grow with its input: unlearned, fifteen of them blow up on unusual clips.
+                elif key.endswith("joint_norm"):
+                    nn.init.constant_(module.weight, 0.1)
             model.train()(features=features)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -33,20 +33,37 @@ def test_published_cards_name_their_file(name):
     assert source.not_in_file
 
 
-@pytest.mark.parametrize("name", list_models("mn*_as*"))
+# DyMN's file names need not state a figure: the publisher's README does for two, and nobody for the others.
+README_MAP = {"dymn04_as": {"mAP": 0.45}, "dymn10_as": {"mAP": 0.477}}
+
+
+@pytest.mark.parametrize("name", [*list_models("mn*_as*"), *list_models("dymn*_as*")])
 def test_audioset_cards(name):
     card = get_card(name)
     assert card.labels == label_names("audioset")
     assert card.task == "multi_label"
-    stated = int(card.checkpoint.file.split("_mAP_")[1][:3])
-    assert card.metrics == {"mAP": stated / 1000}
-    width = int(name[2:4])
-    assert card.architecture == f"mn{width:02d}"
+    if name.startswith("mn") or "_mAP_" in card.checkpoint.file:
+        stated = int(card.checkpoint.file.split("_mAP_")[1][:3])
+        assert card.metrics == {"mAP": stated / 1000}
+    else:
+        assert card.metrics == README_MAP.get(name, {})
+    assert name.startswith(f"{card.architecture}_")
 
 
-def test_the_published_mn_family_is_complete():
+def test_the_published_families_are_complete():
     assert len(list_models("mn*_as*")) == 26
     assert len(list_models("mn*_im*")) == 9 + 3  # three mn40_as_no_im_pre
+    assert len(list_models("dymn*_as*")) == 8
+    assert list_models("dymn*_im*") == ["dymn04_im", "dymn10_im", "dymn20_im"]
+
+
+@pytest.mark.parametrize("name", list_models("dymn*"))
+def test_dymn_cards_state_what_their_files_do_not(name):
+    card = get_card(name)
+    assert card.options["temperature"] == (30 if name.endswith("_im") else 1)
+    assert "temperature" in card.checkpoint.not_in_file
+    assert (card.options.get("use_dy_blocks") == "replace_se") == ("replace_se" in name)
+    assert card.checkpoint.url == card.checkpoint.url.replace(" ", "")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +97,7 @@ def test_patterns_and_spellings():
     assert list_models("nothing*") == []
     assert get_card("MN10_AS") == get_card("mn10_as")
     assert get_card("mn40_as(3)").checkpoint.file == "mn40_as_mAP_483(2).pt"
+    assert get_card("dymn20_as(1)").checkpoint.file == "dymn20_as.pt"
 
 
 def test_unknown_names_suggest_near_ones():

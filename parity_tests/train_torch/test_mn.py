@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -66,13 +67,16 @@ def test_norms_have_the_published_constants():
     assert (model.classifier[1].eps, model.classifier[1].momentum) == (1e-5, 0.1)
 
 
-@pytest.mark.parametrize("name", list_models("mn*"))
-def test_every_card_of_the_family_describes_its_network(name):
+@pytest.mark.parametrize("name", [*list_models("mn*"), *list_models("dymn*")])
+def test_every_card_of_the_system_describes_its_network(name):
     card = get_card(name)
     model = on_paper(name)
     check_card(model, card)
-    assert model.options["num_classes"] == (0 if "_im" in name.replace("no_im", "") else 527)
-    assert model.options["width"] == int(name[2:4]) / 10
+    assert (card.system, card.exporter_reason) == (model.system, model.exporter_reason)
+    pictures = "_im" in name.replace("no_im", "")
+    assert model.options["num_classes"] == (0 if pictures else 527)
+    assert model.options["width"] == int(re.match(r"(?:dy)?mn(\d\d)", name)[1]) / 10
+    assert model.options.get("temperature") == (None if name.startswith("mn") else 30 if pictures else 1)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -161,7 +161,6 @@ def new_card(
     described = cast(Model, model)
     if "length_policy" not in fields and frontend is not None:
         fields["length_policy"] = _length_policy(described, frontend)
-    costs = count_costs(model, described.inputs, frontend, fields.get("length_policy"))
     card = ModelCard(
         name=name,
         system=fields.pop("system", described.system),
@@ -172,15 +171,11 @@ def new_card(
         outputs=described.outputs,
         frontend=frontend,
         labels=labels,
-        **{
-            "exporter": described.exporter,
-            "exporter_reason": described.exporter_reason,
-            **costs._asdict(),
-            **fields,
-        },
+        **{"exporter": described.exporter, "exporter_reason": described.exporter_reason, **fields},
     )
     check_card(model, card)
-    return card
+    costs = count_costs(model, card.inputs, frontend, card.length_policy)._asdict()
+    return card.replace(**{name: value for name, value in costs.items() if name not in fields})
 
 
 def _length_policy(model: Model, frontend: FrontendSpec) -> LengthPolicy:
