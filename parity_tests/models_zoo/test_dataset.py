@@ -74,6 +74,51 @@ def test_labelled_stretches(tmp_path: Path) -> None:
     assert all(record.onset is None for record in merged.records)
 
 
+def test_classes_known_to_be_absent_and_unknown_ones(tmp_path: Path) -> None:
+    folder_with(tmp_path, "a.wav", "b.wav", "c.wav")
+    text = "file,label,absent\na.wav,cello,flute;voice\nb.wav,,cello\nc.wav,cello; voice,\n"
+    dataset = read_dataset(table(tmp_path, text))
+    assert dataset.labels == ("cello", "flute", "voice"), "classes that are only ever absent are classes"
+    assert [record.labels for record in dataset.records] == [("cello",), (), ("cello", "voice")]
+    assert [record.absent for record in dataset.records] == [("flute", "voice"), ("cello",), ()]
+    np.testing.assert_array_equal(dataset.multi_hot(), [[1, 0, 0], [0, 0, 0], [1, 0, 1]])
+    np.testing.assert_array_equal(dataset.known(), [[1, 1, 1], [1, 0, 0], [1, 0, 1]])
+    assert dataset.is_multi_label
+    wider = dataset.with_labels(("voice", "drums", "flute", "cello"))
+    np.testing.assert_array_equal(wider.known(), [[1, 0, 1, 1], [0, 0, 0, 1], [1, 0, 0, 1]])
+    assert dataset.class_counts() == {"cello": 2, "flute": 0, "voice": 1}
+
+
+def test_without_the_column_absent_every_label_is_known(tmp_path: Path) -> None:
+    folder_with(tmp_path, "a.wav", "b.wav")
+    assert read_dataset(table(tmp_path, "file,label\na.wav,dog\nb.wav,cat\n")).known() is None
+
+
+def test_a_class_is_absent_from_a_file_only_where_it_is_from_every_stretch(tmp_path: Path) -> None:
+    folder_with(tmp_path, "a.wav")
+    text = (
+        "file,label,absent,onset,offset\n"
+        "a.wav,dog,cat;owl;cow,0,1\n"
+        "a.wav,cat,owl;dog,1,2\n"  # the cow is unknown here
+    )
+    (record,) = read_dataset(table(tmp_path, text)).by_file().records
+    assert record.labels == ("dog", "cat")
+    assert record.absent == ("owl",)
+
+
+def test_files_of_one_recording(tmp_path: Path) -> None:
+    names = [f"{take}{cut}.wav" for take in "abcdefghij" for cut in range(3)]
+    folder_with(tmp_path, *names)
+    rows = "\n".join(f"{name},{'dog' if name[0] < 'f' else 'cat'},{name[0]}" for name in names)
+    dataset = read_dataset(table(tmp_path, "file,label,recording\n" + rows))
+    for seed in range(10):
+        split = dataset.split_by_file(test=0.4, seed=seed)
+        sides = {r.recording: r.split for r in split.records}
+        assert all(sides[r.recording] == r.split for r in split.records)
+        assert len(split.select("test")) == 12
+        assert set(split.select("test").class_counts().values()) == {6}
+
+
 def test_esc50(tmp_path: Path) -> None:
     folder_with(tmp_path, "audio/1-100-A-0.wav", "audio/2-7-B-14.wav", "audio/1-9-A-3.wav")
     text = (
@@ -85,6 +130,7 @@ def test_esc50(tmp_path: Path) -> None:
     dataset = read_dataset(table(tmp_path, text, name="meta/esc50.csv"))
     assert dataset.labels == ("dog", "cow", "chirping_birds"), "in the order of the targets"
     assert [record.fold for record in dataset.records] == ["1", "2", "1"]
+    assert [record.recording for record in dataset.records] == ["100", "7", "9"]
     assert dataset.records[0].file == tmp_path / "audio" / "1-100-A-0.wav"
     assert [(fold, len(part.select("test"))) for fold, part in dataset.leave_one_out("fold")] == [("1", 2), ("2", 1)]
 
@@ -115,6 +161,11 @@ def test_class_folders_below_splits(tmp_path: Path) -> None:
         ("file,label,label\na.wav,dog,cat\n", "twice"),
         ("file,label\n", "lists no recordings"),
         ("file,label\na.wav,\n", r"metadata\.csv:2: empty 'label'"),
+        ("file,label,absent\na.wav,,\n", r"metadata\.csv:2: empty 'label'.*known to be 'absent'"),
+        ("file,label,absent\na.wav,dog,cat;dog\n", r"metadata\.csv:2: 'dog' is in 'label' and in 'absent'"),
+        ("file,label,absent\na.wav,dog,cat;\n", "distinct names"),
+        ("file,label,split,recording\na.wav,dog,train,1\nb.wav,dog,test,1\n", "'recording 1' in"),
+        ("file,label,recording,onset,offset\na.wav,dog,1,0,1\na.wav,dog,2,2,3\n", "different speakers, folds or rec"),
         ("file,label\n,dog\n", "empty 'file'"),
         ("file,label\na.wav,dog;\n", "got label 'dog;'"),
         ("file,label\na.wav,dog;dog\n", "distinct"),
@@ -161,6 +212,14 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     folder_with(tmp_path, "dog/1.wav", "2.wav")
     with pytest.raises(DataError, match=r"2\.wav: lies in no class folder"):
         read_dataset(tmp_path)
+    folder_with(tmp_path / "empty", "dog/1.wav", "cat/notes.txt", ".cache/x")
+    (tmp_path / "empty" / "owl").mkdir()
+    with pytest.raises(DataError, match="2 class folders hold no recordings: 'cat', 'owl'"):
+        read_dataset(tmp_path / "empty")
+    folder_with(tmp_path / "sides", "train/dog/1.wav", "test/dog/2.wav")
+    (tmp_path / "sides" / "test" / "cat").mkdir()
+    with pytest.raises(DataError, match=r"1 class folders hold no recordings: 'test.cat'"):
+        read_dataset(tmp_path / "sides")
     folder_with(tmp_path / "esc", "audio/1.wav", "audio/2.wav")
     for rows, words in (
         ("1.wav,1,x,dog", "expected a class number"),

@@ -53,6 +53,28 @@ def test_rankings_as_scikit_learn_with_ties(seed: int, levels: int) -> None:
     assert mean_roc_auc(targets, scores) == pytest.approx(sklearn.roc_auc_score(targets, scores), abs=1e-13)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_unknown_labels_count_neither_for_nor_against(seed: int) -> None:
+    """A class is ranked over its known clips, as scikit-learn ranks it with weights of 0 and 1."""
+    rng = np.random.default_rng(seed)
+    targets, scores, known = rng.random((40, 5)) < 0.4, rng.integers(0, 9, (40, 5)) / 9, rng.random((40, 5)) < 0.6
+    known[0], known[1], targets[0], targets[1] = True, True, True, False
+    wild, shuffled = targets ^ ~known, np.where(known, scores, rng.random((40, 5)))
+    for metric, expected in ((average_precision, sklearn.average_precision_score), (roc_auc, sklearn.roc_auc_score)):
+        weighted = [expected(targets[:, i], scores[:, i], sample_weight=known[:, i]) for i in range(5)]
+        np.testing.assert_allclose(metric(targets, scores, known), weighted, rtol=0, atol=1e-13)
+        np.testing.assert_array_equal(metric(targets, scores, known), metric(wild, shuffled, known))
+        assert not np.allclose(metric(targets, scores), metric(targets, scores, known))
+        np.testing.assert_array_equal(metric(targets, scores), metric(targets, scores, np.ones_like(known)))
+    assert mean_average_precision(targets, scores, known) == average_precision(targets, scores, known).mean()
+    assert mean_roc_auc(targets, scores, known) == roc_auc(targets, scores, known).mean()
+    known[:, 2] = False
+    assert np.isnan(average_precision(targets, scores, known)[2])
+    for wrong in (known[:5], known.astype(float)):
+        with pytest.raises(DataError, match="expected booleans"):
+            average_precision(targets, scores, wrong)
+
+
 def test_class_indices_are_one_hot_targets() -> None:
     rng = np.random.default_rng(0)
     targets, scores = rng.integers(0, 4, 30), rng.random((30, 4))
