@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, Self, cast
 
 import lightning
 import numpy as np
@@ -10,15 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from models_zoo.cards import ModelCard
-from train_torch.augment import draw_mixing
+from train_torch.augment import draw_mixing, mix_labels, mix_waveforms
 from train_torch.data import Batch
 from train_torch.evaluation import collect
-from train_torch.frontend import MelJitter, SpecMasks, TorchFrontend
-from train_torch.losses import clip_loss
-from train_torch.optim import configure
+from train_torch.frontend import MelJitter, Mixing, MixStyle, SpecMasks, TorchFrontend
+from train_torch.losses import balancing_weights, clip_loss, supcon_loss
+from train_torch.optim import check_temperature, configure, freeze, keep_frozen
 from train_torch.recipes import Recipe
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "selected_by"]
+
+
+def selected_by(recipe: Recipe) -> str:
+    """Return the validation metric by which the best epoch is chosen."""
+    return recipe.select if recipe.task == "single_label" else "mean_average_precision"
 
 
 class Classifier(lightning.LightningModule):
@@ -29,9 +35,22 @@ class Classifier(lightning.LightningModule):
         card: of the model.
         recipe: how to train it.
         files: of the validation clips, in order.
+        class_counts: label -> training clips, in the order of the card's labels; a class-balanced loss needs them.
+
+    Raises:
+        DataError: the loss is class-balanced and a class has no training clip.
+        SpecError: the recipe freezes what the model does not have, or schedules a temperature it does not have.
     """
 
-    def __init__(self, model: nn.Module, card: ModelCard, recipe: Recipe, files: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        card: ModelCard,
+        recipe: Recipe,
+        files: tuple[str, ...] = (),
+        *,
+        class_counts: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
         assert card.frontend is not None
         settings = recipe.augmentation
@@ -43,36 +62,51 @@ class Classifier(lightning.LightningModule):
             card.frontend,
             mel_jitter=None if settings.mel_jitter is None else MelJitter(*settings.mel_jitter),
             masks=None if settings.masks is None else SpecMasks(*settings.masks),
+            mixstyle=MixStyle(settings.mixstyle_probability, settings.mixstyle_alpha)
+            if settings.mixstyle_probability
+            else None,
             mix_at=settings.mixup_at,
         )
         if recipe.bn_momentum is not None:
             for module in self.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.momentum = recipe.bn_momentum
+        check_temperature(self.model, recipe)
+        self.frozen = freeze(self.model, recipe.freeze)
+        beta = recipe.loss.class_balanced
+        weights = None if beta is None else balancing_weights(class_counts or {}, beta)
+        self.register_buffer("_class_weights", weights, persistent=False)
         self._scored: list[tuple[Batch, Tensor]] = []
 
-    def logits(self, waveform: Tensor, mixing: Any = None) -> Tensor:
+    def outputs(self, waveform: Tensor, mixing: Mixing | None = None) -> tuple[Tensor, Tensor]:
+        """Return logits ``(batch, num_classes)`` and embedding of ``(batch, num_samples)`` waveforms."""
+        outputs = self.model(**{self.card.inputs[0].name: self.frontend(waveform, mixing)})
+        clip = self.card.clip_output()
+        assert clip is not None
+        return outputs[clip.name], outputs["embedding"]
+
+    def logits(self, waveform: Tensor) -> Tensor:
         """Return ``(batch, num_classes)`` for ``(batch, num_samples)`` waveforms."""
-        features = self.frontend(waveform, mixing)
-        output = self.card.clip_output()
-        assert output is not None
-        return cast(Tensor, self.model(**{self.card.inputs[0].name: features})[output.name])
+        return self.outputs(waveform)[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch; every draw follows from (seed, step, process)."""
         rng = np.random.default_rng((self.recipe.seed, self.global_step, self.global_rank))
         torch.manual_seed(int(rng.integers(2**62)))
         settings, smoothing = self.recipe.augmentation, self.recipe.label_smoothing
-        waveform, targets = batch.waveform, batch.targets
+        waveform, targets, known = batch.waveform, batch.targets, batch.known
         size = len(waveform)
         if settings.mix_probability:
             mix = draw_mixing(size, rng, alpha=2.0, probability=settings.mix_probability, device=self.device)
-            waveform, targets = mix(waveform), mix(targets)
+            waveform = mix_waveforms(mix, waveform)
+            targets, known = mix_labels(mix, targets, known)
         mixup = None
         if settings.mixup_alpha:
             mixup = draw_mixing(size, rng, alpha=settings.mixup_alpha, probability=1.0, device=self.device)
-            targets = mixup(targets)
-        loss = clip_loss(self.logits(waveform, mixup), targets, self.recipe.task, label_smoothing=smoothing)
+            targets, known = mix_labels(mixup, targets, known)
+        loss = clip_loss(
+            self.outputs(waveform, mixup)[0], targets, self.recipe.task, label_smoothing=smoothing, known=known
+        )
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
 
@@ -88,8 +122,26 @@ class Classifier(lightning.LightningModule):
         for name, value in values.items():
             self.log(f"val_{name}", value, sync_dist=True)
         # A lower loss decides between equal metrics, which are common on small splits.
-        score = values[evaluation.headline] - 1e-3 * values["loss"] / (1 + values["loss"])
+        score = values[selected_by(self.recipe)] - 1e-3 * values["loss"] / (1 + values["loss"])
         self.log("val_score", score, sync_dist=True)
+
+    def train(self, mode: bool = True) -> Self:
+        """Choose training or evaluation mode; frozen norms stay in evaluation mode."""
+        super().train(mode)
+        keep_frozen(self.model, self.frozen)
+        return self
+
+    def on_train_epoch_start(self) -> None:
+        """Set the temperature of the epoch; it follows from the epoch alone, so a resumed run has the same."""
+        self._set_temperature(self.current_epoch)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Set the temperature of the epoch the state was saved in, which the weights do not hold."""
+        self._set_temperature(checkpoint["epoch"])
+
+    def _set_temperature(self, epoch: int) -> None:
+        if self.recipe.temperature_schedule is not None:
+            cast(Any, self.model).set_temperature(self.recipe.temperature_schedule.at(epoch))
 
     def configure_optimizers(self) -> Any:
         """Return the recipe's optimiser and its schedule."""

@@ -1,27 +1,118 @@
-"""The loss of a batch of clips."""
+"""The losses of a batch of clips: cross-entropy, its class-balanced form, and the supervised contrastive loss."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["clip_loss"]
+from models_zoo.errors import DataError
+
+__all__ = ["balancing_weights", "clip_loss", "supcon_loss"]
+
+Task = Literal["single_label", "multi_label"]
 
 
 def clip_loss(
-    logits: Tensor, targets: Tensor, task: Literal["single_label", "multi_label"], *, label_smoothing: float = 0.0
+    logits: Tensor,
+    targets: Tensor,
+    task: Task,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Return the mean loss over the batch, a scalar.
+
+    With ``class_weights`` a clip of class y counts ``class_weights[y]`` times, and the sum is still divided by the
+    number of clips. What is linear in the targets stays so: a mixed clip costs what its parts would cost, each with
+    the weight of its own class. Multi-label: the term of every class is multiplied by the weight of that class,
+    present or absent.
 
     Args:
         logits: ``(batch, num_classes)``.
         targets: ``(batch, num_classes)`` in [0, 1]: one-hot, several-hot, or mixed.
         task: ``single_label``: softmax cross-entropy; ``multi_label``: binary cross-entropy, mean over classes.
         label_smoothing: share of the target replaced by 1 / num_classes (single label) or 1 / 2 (multi label).
+        class_weights: ``(num_classes,)``, see :func:`balancing_weights`; None for equal weights.
+        known: ``(batch, num_classes)`` in [0, 1], how far each label of a multi-label batch is known (see
+            :func:`train_torch.augment.mix_labels`), None where all are. The mean is then over what is known: an
+            unknown label adds nothing to the loss, to its gradient or to what the sum is divided by.
+    """
+    logits = logits.float()
+    if task == "single_label":
+        weighted = targets if class_weights is None else targets * class_weights
+        spread = weighted.sum(dim=1, keepdim=True) / logits.shape[1]
+        weighted = (1 - label_smoothing) * weighted + label_smoothing * spread
+        return -(weighted * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    targets = targets * (1 - label_smoothing) + label_smoothing / 2
+    if known is None:
+        return functional.binary_cross_entropy_with_logits(logits, targets, weight=class_weights)
+    weights = known if class_weights is None else known * class_weights
+    total = functional.binary_cross_entropy_with_logits(logits, targets, weight=weights, reduction="sum")
+    return total / known.sum().clamp(min=1e-6)
+
+
+def balancing_weights(class_counts: Mapping[str, int], beta: float) -> Tensor:
+    """Return ``(num_classes,)`` float32 weights by the effective number of clips, summing to the number of classes.
+
+    The effective number of n clips is (1 - beta**n) / (1 - beta): n for few clips, at most 1 / (1 - beta) for many.
+
+    Args:
+        class_counts: label -> clips in the training split.
+        beta: in [0, 1); 0 weighs all classes alike, the nearer to 1 the nearer to weights of 1 / n.
+
+    Raises:
+        DataError: a class has no clip, so no weight can make up for it.
+
+    Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples (CVPR 2019), as used with beta 0.9999
+    by refreshment-coffee/EfficientAT_tensorflow, which computes in float32; the difference is below 3e-5.
+    """
+    absent = [label for label, count in class_counts.items() if count < 1]
+    if absent:
+        raise DataError(
+            f"a class-balanced loss needs training clips of every class; none of {', '.join(map(repr, absent[:5]))}"
+            f"{f' and {len(absent) - 5} more' if len(absent) > 5 else ''}; add clips, leave the class out of the data, "
+            "or train without loss.class_balanced"
+        )
+    counts = torch.tensor(list(class_counts.values()), dtype=torch.float64)
+    weights = (1 - beta) / (1 - beta**counts)
+    return (weights * len(counts) / weights.sum()).float()
+
+
+def supcon_loss(embedding: Tensor, targets: Tensor, task: Task, *, temperature: float = 0.07) -> Tensor:
+    """Return the supervised contrastive loss of a batch, a scalar: clips of one class together, others apart.
+
+    Every clip is an anchor. Over the other clips of its class, the mean of the log-softmax (over all other clips) of
+    the cosine similarities is taken; an anchor without such a clip contributes 0 and still counts in the mean.
+    Computed in float32 also under autocast.
+
+    Args:
+        embedding: ``(batch, size)``, of any length; one view of each clip.
+        targets: ``(batch, num_classes)`` in [0, 1]. Single label: the class of a mixed clip is that of its louder
+            part, the largest target. Multi label: two clips belong together where they share a class whose target is
+            at least one half in both.
+        task: of the targets.
+        temperature: the similarities are divided by it.
+
+    Source: Khosla et al., Supervised Contrastive Learning (NeurIPS 2020), in the form of
+    refreshment-coffee/EfficientAT_tensorflow: one view, no projection head, 1e-12 added to the denominator.
     """
     if task == "single_label":
-        return functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
-    targets = targets * (1 - label_smoothing) + label_smoothing / 2
-    return functional.binary_cross_entropy_with_logits(logits.float(), targets)
+        classes = targets.argmax(dim=1)
+        same = classes[:, None] == classes[None, :]
+    else:
+        present = (targets >= 0.5).float()
+        same = present @ present.T > 0
+    with torch.autocast(device_type=embedding.device.type, enabled=False):
+        unit = functional.normalize(embedding.float(), dim=1)
+        similarity = unit @ unit.T / temperature
+        itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+        others = similarity.masked_fill(itself, -torch.inf).logsumexp(dim=1, keepdim=True)
+        log_share = similarity - torch.logaddexp(others, others.new_tensor(1e-12).log())
+        positive = same & ~itself
+        per_anchor = (log_share * positive).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
+        return -per_anchor.mean()

@@ -40,10 +40,11 @@ from models_zoo.errors import CheckpointError, DataError, DeviceError, MissingDe
 from models_zoo.files import check_writable, replacing
 from models_zoo.presets import get_frontend
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
-from train_torch.classifier import Classifier
+from train_torch.classifier import Classifier, selected_by
 from train_torch.data import ClipData, ClipDataModule, count_table, split_dataset
 from train_torch.evaluation import Device, accelerator_of, score_clips
 from train_torch.models import create_model, new_card
+from train_torch.optim import check_temperature, freeze
 from train_torch.plots import plot_confusion, plot_learning_curves
 from train_torch.recipes import Recipe
 
@@ -79,6 +80,7 @@ class _RunFolder(Checkpoint):
         self.best_score = -np.inf
         self.best_epoch = -1
         self._started = time.monotonic()
+        self._lr = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "best_score": self.best_score, "best_epoch": self.best_epoch}
@@ -90,10 +92,13 @@ class _RunFolder(Checkpoint):
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._started = time.monotonic()
 
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         classifier = cast(Classifier, pl_module)
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        row = {"epoch": trainer.current_epoch, "lr": trainer.optimizers[0].param_groups[0]["lr"], **values}
+        row = {"epoch": trainer.current_epoch, "lr": self._lr, **values}
         self.history.append({**row, "seconds": time.monotonic() - self._started})
         if values["val_score"] > self.best_score:
             self.best_score, self.best_epoch = values["val_score"], trainer.current_epoch
@@ -111,7 +116,7 @@ class _RunFolder(Checkpoint):
             for name, value in latest.items()
             if name.startswith("val_") and name != "val_score"
         }
-        card = classifier.card
+        card = classifier.card.replace(options=classifier.model.options)
         return card.replace(metrics=measured, provenance={**card.provenance, "epoch": int(latest["epoch"])})
 
     def _write_history(self) -> None:
@@ -149,6 +154,8 @@ def _expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        # Frozen norms are, and stay, in evaluation mode.
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
         # The epoch is counted by batches of a sampler of our own, shorter than the default logging interval.
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         # The schedule is stepped once per optimiser step; under 16-mixed the scaler may skip the very first.
@@ -206,6 +213,11 @@ def fit(
     """
     started = time.monotonic()
     folder = Path(out)
+    if recipe.fine_tuning and init is None:
+        raise CheckpointError(
+            "the recipe is for fine-tuning and would teach random weights little; give a checkpoint to start from "
+            "(--init mn10_as, or a file), or train from scratch with another recipe"
+        )
     chief = rank_zero_only.rank == 0
     if not chief:
         logging.getLogger("train_torch").setLevel(logging.WARNING)
@@ -222,16 +234,19 @@ def fit(
             _log.info("%s: this run is finished; nothing to resume", folder)
             return cast(dict[str, Any], json.loads((folder / _REPORT).read_text(encoding="utf-8")))
 
+    split_seed = recipe.seed if recipe.split_seed is None else recipe.split_seed
     dataset = split_dataset(
         read_dataset(data),
         split_by=split_by,
         hold_out=hold_out,
         validate_by=validate_by,
         val_fraction=recipe.val_fraction,
-        seed=recipe.seed,
+        seed=split_seed,
     )
+    if recipe.imbalance is not None:
+        dataset = dataset.thinned(recipe.imbalance, seed=split_seed)
     if recipe.task == "single_label" and dataset.is_multi_label:
-        raise DataError(f"{data}: some clips have several labels; train with --task multi_label")
+        raise DataError(f"{data}: some clips have several labels or unknown ones; train with --task multi_label")
     _log.info("%s", count_table(dataset))
     for remark in dataset.remarks():
         _log.info("note: %s", remark)
@@ -239,6 +254,8 @@ def fit(
     torch.manual_seed(recipe.seed)
     split_hash = _split_hash(dataset)
     model, card = _start(recipe, dataset, name or _name_of(folder), init, init_card, checkpoints)
+    check_temperature(model, recipe)
+    frozen = freeze(model, recipe.freeze)
     card = card.replace(
         license=recipe.license,
         training_data=recipe.training_data,
@@ -249,9 +266,11 @@ def fit(
             "split_sha256": split_hash,
             "split_by": split_by,
             "held_out": list(hold_out),
+            "frozen": {"prefixes": list(recipe.freeze), "entries": len(frozen)},
             "clips": {
                 split: sum(r.split == split for r in dataset.records) for split in ("train", "validation", "test")
             },
+            "training_clips": dataset.select("train").class_counts(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -265,7 +284,13 @@ def fit(
         _prepare_run_folder(folder, recipe, dataset, split_hash, resume=resume)
 
     validation = module.parts["validation"].dataset
-    classifier = Classifier(model, card, recipe, tuple(validation.name_of(record) for record in validation.records))
+    classifier = Classifier(
+        model,
+        card,
+        recipe,
+        tuple(validation.name_of(record) for record in validation.records),
+        class_counts=dataset.select("train").class_counts(),
+    )
     run = _RunFolder(folder)
     callbacks: list[Callback] = [_Progress()] if progress and chief else []
     if recipe.patience:
@@ -428,7 +453,7 @@ def _finish(
         measured |= {f"{split}_{metric}": value for metric, value in evaluation.metrics().items()}
         if evaluation.task == "single_label":
             plot_confusion(evaluation.confusion(), evaluation.labels, folder / f"confusion_{split}.png", title=split)
-    plot_learning_curves(run.history, folder / "learning_curves.png", headline=f"val_{evaluation.headline}")
+    plot_learning_curves(run.history, folder / "learning_curves.png", headline=f"val_{selected_by(recipe)}")
     report["seconds"] = {
         "training": sum(row["seconds"] for row in run.history),
         "this_process": time.monotonic() - began,
