@@ -75,7 +75,7 @@ def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
                     nn.init.kaiming_normal_(module.weight)
                 # A dynamic block's factors grow with its input: unlearned, fifteen of them blow up on unusual clips.
                 elif key.endswith("joint_norm"):
-                    nn.init.constant_(module.weight, 0.1)
+                    nn.init.constant_(module.weight, 0.03)
             model.train()(features=features)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
