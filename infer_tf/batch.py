@@ -17,7 +17,7 @@ from infer_tf.classifier import TFAudioClassifier
 from models_zoo.dataset import AUDIO_SUFFIXES
 from models_zoo.errors import AudioDecodeError, DataError, ModelFileError, WaveformError
 from models_zoo.files import replacing
-from models_zoo.prediction import Prediction
+from models_zoo.prediction import Prediction, average_predictions
 
 __all__ = ["Request", "Summary", "is_collection", "list_recordings", "predict_files", "scores_of"]
 
@@ -32,12 +32,14 @@ class Request:
     Attributes:
         top: classes listed per clip.
         window, hop: seconds of sliding windows, or None to score each recording whole.
+        average: one answer per recording, the mean over its windows.
         embedding: keep the embedding.
     """
 
     top: int = 5
     window: float | None = None
     hop: float | None = None
+    average: bool = False
     embedding: bool = False
 
 
@@ -100,12 +102,14 @@ def _read_manifest(path: Path) -> list[Path]:
 
 
 def scores_of(classifier: TFAudioClassifier, source: Any, request: Request) -> Iterator[Prediction]:
-    """Yield the prediction of a recording, or of each of its windows, with what ``request`` asks for."""
+    """Yield the prediction of a recording, or of each of its windows, or their mean, as ``request`` asks."""
     if request.window is None:
         answers: Iterator[Prediction] = iter([classifier.predict(source)])
     else:
         hop = request.window / 2 if request.hop is None else request.hop
         answers = classifier.predict_windows(source, request.window, hop)
+        if request.average:
+            answers = iter([average_predictions(answers)])
     for answer in answers:
         yield answer if request.embedding else replace(answer, embedding=None)
 

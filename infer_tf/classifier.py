@@ -17,7 +17,7 @@ from models_zoo.audio import AudioSource, as_waveform, load_audio, stream_audio
 from models_zoo.cards import ModelCard
 from models_zoo.decoding import check_window, class_names, decode, legal_segments
 from models_zoo.errors import AudioDecodeError, ModelFileError, UnknownNameError, WaveformError
-from models_zoo.prediction import Prediction
+from models_zoo.prediction import Prediction, average_predictions
 from models_zoo.registry import get_card, list_models, list_shipped, shipped_model
 
 __all__ = ["Source", "TFAudioClassifier", "find_model"]
@@ -176,13 +176,16 @@ class TFAudioClassifier:
 
         Args and Raises: as :meth:`predict`; ModelFileError where the model has no embedding.
         """
+        name = self._embedding_name()
+        return self._answer(source, sample_rate, channels_first, lambda outputs, _: outputs[name].mean(axis=0))
+
+    def _embedding_name(self) -> str:
         if self._embedding is None:
             raise ModelFileError(
                 f"model {self.card.name!r} has no embedding output; its outputs: "
                 f"{', '.join(output.name for output in self.card.outputs)}"
             )
-        name = self._embedding.name
-        return self._answer(source, sample_rate, channels_first, lambda outputs, _: outputs[name].mean(axis=0))
+        return self._embedding.name
 
     def predict_windows(
         self,
@@ -211,7 +214,52 @@ class TFAudioClassifier:
             AudioDecodeError, ModelFileError, ClosedError: as :meth:`predict`.
         """
         if self._clip is None:
-            raise ModelFileError(f"model {self.card.name!r} has no clip scores to predict from; use embed")
+            raise ModelFileError(f"model {self.card.name!r} has no clip scores to predict from; use embed_windows")
+        windows = self._windows_of(source, window, hop, sample_rate, channels_first)
+        return (decode(self.card, outputs, start=start, end=end) for outputs, start, end in windows)
+
+    def predict_average(
+        self,
+        source: Source,
+        window: float = 10.0,
+        hop: float = 5.0,
+        *,
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+    ) -> Prediction:
+        """Return one Prediction for a recording of any length: the mean over its windows, in constant memory.
+
+        What :func:`models_zoo.prediction.average_predictions` makes of :meth:`predict_windows`: every window counts
+        once. A network that was trained on 10 s clips is thus asked about 10 s clips only.
+
+        Args and Raises: as :meth:`predict_windows`.
+        """
+        windows = self.predict_windows(source, window, hop, sample_rate=sample_rate, channels_first=channels_first)
+        return average_predictions(windows)
+
+    def embed_windows(
+        self,
+        source: Source,
+        window: float = 10.0,
+        hop: float = 5.0,
+        *,
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+    ) -> Iterator[tuple[float, float, NDArray[np.float32]]]:
+        """Yield (start, end, embedding) for each window of a recording of any length, in constant memory.
+
+        Start and end are seconds, embeddings ``(size,)`` float32; the windows are those of :meth:`predict_windows`.
+
+        Args and Raises: as :meth:`predict_windows`; ModelFileError where the model has no embedding.
+        """
+        name = self._embedding_name()
+        windows = self._windows_of(source, window, hop, sample_rate, channels_first)
+        return ((start, end, outputs[name].mean(axis=0)) for outputs, start, end in windows)
+
+    def _windows_of(
+        self, source: Source, window: float, hop: float, sample_rate: int | None, channels_first: bool
+    ) -> Iterator[tuple[_Outputs, float, float]]:
+        """Return the outputs for each window with its start and end in seconds; refuse bad arguments at once."""
         self._session.check_usable()
         size, step = self._samples("window", window), self._samples("hop", hop)
         check_window(size, self.card)
@@ -222,7 +270,9 @@ class TFAudioClassifier:
             blocks = stream_audio(cast(AudioSource, source), self._spec)
         return self._windows(blocks, size, step)
 
-    def _windows(self, blocks: Iterable[NDArray[np.float32]], size: int, step: int) -> Iterator[Prediction]:
+    def _windows(
+        self, blocks: Iterable[NDArray[np.float32]], size: int, step: int
+    ) -> Iterator[tuple[_Outputs, float, float]]:
         kept = np.zeros(0, np.float32)  # samples from `offset` on: the next window and the last `size` received
         offset = following = 0
         scored = -1  # beginning of the last window yielded
@@ -239,10 +289,9 @@ class TFAudioClassifier:
         if scored != last:
             yield self._window(kept[last - offset :], last)
 
-    def _window(self, waveform: NDArray[np.float32], start: int) -> Prediction:
+    def _window(self, waveform: NDArray[np.float32], start: int) -> tuple[_Outputs, float, float]:
         outputs = self._run(legal_segments(waveform, self.card))
-        rate = self.sample_rate
-        return decode(self.card, outputs, start=start / rate, end=(start + len(waveform)) / rate)
+        return outputs, start / self.sample_rate, (start + len(waveform)) / self.sample_rate
 
     def _samples(self, name: str, seconds: float) -> int:
         number = isinstance(seconds, (int, float, np.integer, np.floating)) and not isinstance(seconds, bool)
@@ -357,8 +406,8 @@ def find_model(model: str | os.PathLike[str]) -> Path:
     if name in list_models():
         checkpoint = get_card(name).checkpoint
         raise ModelFileError(
-            f"the weights of {name!r} do not ship with crossfade; get {checkpoint.file if checkpoint else 'them'} and "
-            f"run python export/pt2onnx.py FILE --model {name} -o {name}.onnx"
+            f"the weights of {name!r} ({checkpoint.file if checkpoint else 'no file'}) do not ship with crossfade; in "
+            f"a checkout, python export/pt2onnx.py {name} -o {name}.onnx downloads and exports them"
         )
     raise UnknownNameError("model", name, [*list_shipped(), *list_models()])
 

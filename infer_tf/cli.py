@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from infer_tf.classifier import TFAudioClassifier
     from models_zoo.cards import ModelCard
     from models_zoo.prediction import Prediction
+    from models_zoo.specs import FrontendSpec
 
 __all__ = ["main"]
 
 _PICTURES = (".png", ".svg", ".pdf")
+
+_SHORTER = {"error": "else error", "zero": "else zeros", "repeat": "else repeated"}
+"""What happens to a clip below the shortest, in a word."""
 
 
 class _UsageError(AudioClassifierError, ValueError):
@@ -90,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--plot", type=_picture, metavar="FILE", help="picture of the spectrogram and the scores")
     predict.add_argument("--window", type=_seconds, metavar="S", help="score sliding windows of S seconds")
     predict.add_argument("--hop", type=_seconds, metavar="S", help="seconds between windows (default: half a window)")
+    predict.add_argument(
+        "--average", action="store_true", help="one answer per recording: the mean over its windows (with --window)"
+    )
     predict.add_argument("--embedding", action="store_true", help="include the embedding in JSON and tables")
     predict.add_argument("-o", "--output", type=_table, metavar="FILE", help="write a .csv or .jsonl table")
     predict.add_argument("--force", action="store_true", help="replace existing outputs")
@@ -107,12 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     info = commands.add_parser("info", help="what a model is, takes and returns, and how it was verified")
-    info.add_argument("model", metavar="MODEL", help="an .onnx file, or the name of a shipped model")
+    info.add_argument("model", metavar="MODEL", help="an .onnx file, or the name of a shipped or published model")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 
     models = commands.add_parser("models", help="models that ship, and published ones that can be exported")
-    models.add_argument("pattern", metavar="PATTERN", nargs="?", default="*", help="e.g. 'mn*'")
+    models.add_argument("pattern", metavar="PATTERN", nargs="?", default="*", help="e.g. 'dymn*'")
     models.add_argument("--json", action="store_true", help="print one JSON object per line")
     models.set_defaults(run=_models)
 
@@ -190,9 +197,10 @@ def _check_outputs(arguments: argparse.Namespace, *outputs: Path | None) -> None
 def _predict(arguments: argparse.Namespace) -> int:
     from infer_tf.batch import Request, is_collection, list_recordings, predict_files
 
-    if arguments.hop is not None and arguments.window is None:
-        raise _UsageError("--hop needs --window")
-    request = Request(arguments.top, arguments.window, arguments.hop, arguments.embedding)
+    for option in ("hop", "average"):
+        if getattr(arguments, option) and arguments.window is None:
+            raise _UsageError(f"--{option} needs --window")
+    request = Request(arguments.top, arguments.window, arguments.hop, arguments.average, arguments.embedding)
     collections = [name for name in arguments.inputs if is_collection(name)]
     if collections and arguments.output is None:
         raise _UsageError(f"{collections[0]} is a folder or a manifest; add -o FILE.csv or -o FILE.jsonl")
@@ -278,7 +286,7 @@ def _print_scores(
 def _print_prediction(arguments: argparse.Namespace, name: str, prediction: Prediction, request: Request) -> None:
     if arguments.json:
         print(json.dumps({"file": name, **prediction.to_dict(request.top)}), flush=request.window is not None)
-    elif request.window is not None:
+    elif request.window is not None and not request.average:
         best = ", ".join(f"{label} {value:.4f}" for label, _, value in prediction.top(request.top))
         print(f"{name}  {prediction.start:9.2f} s to {prediction.end:9.2f} s  {best}", flush=True)
     else:
@@ -324,7 +332,11 @@ def _info(arguments: argparse.Namespace) -> int:
     from infer_tf.classifier import find_model
     from infer_tf.session import OnnxSession
     from models_zoo.cards import VERIFICATION_KEY
+    from models_zoo.registry import get_card, list_models, list_shipped
 
+    name = arguments.model
+    if not os.path.isfile(name) and name in list_models() and name not in list_shipped():
+        return _info_of_card(get_card(name), as_json=arguments.json)
     path = find_model(arguments.model)
     session = OnnxSession(path, threads=1)
     card = session.card
@@ -345,24 +357,60 @@ def _info(arguments: argparse.Namespace) -> int:
             )
         )
         return 0
-    rows: list[tuple[str, str]] = [
-        ("file", str(path)),
-        ("model", f"{card.name} ({card.system}, {card.architecture})"),
-        ("task", card.task),
-        ("labels", _label_line(card)),
+    graph = [
         *((f"input {name}", f"{dtype} {_axes(axes)}") for name, (dtype, axes) in session.inputs.items()),
         *((f"output {name}", f"{dtype} {_axes(axes)}") for name, (dtype, axes) in session.outputs.items()),
-        *_frontend_rows(card),
-        *((name.replace("_", " "), text) for name, text in _length_rows(card)),
-        *((f"metric {name}", f"{value:g}") for name, value in card.metrics.items()),
-        ("licence", card.license or "not stated"),
-        ("trained on", card.training_data or "not stated"),
-        ("verification", _verification_line(verification)),
     ]
+    _print_rows(
+        [("file", str(path)), *_card_rows(card, graph), ("verification", _verification_line(verification))],
+    )
+    return 0
+
+
+def _info_of_card(card: ModelCard, *, as_json: bool) -> int:
+    """Print what is known of a published model without its weights."""
+    if as_json:
+        print(json.dumps({"file": None, "card": card.to_dict(), "legal_lengths": _legal_lengths(card)}))
+        return 0
+    graph = [
+        (f"{kind} {part.name}", _axes(part.axes))
+        for kind, parts in (("input", card.inputs), ("output", card.outputs))
+        for part in parts
+    ]
+    source = card.checkpoint
+    rows = [
+        ("file", f"does not ship; in a checkout: python export/pt2onnx.py {card.name} -o {card.name}.onnx"),
+        *_card_rows(card, graph),
+    ]
+    if source is not None:
+        rows += [
+            ("published", source.url),
+            ("sha256", source.sha256 or "not stated; remembered from the first download"),
+        ]
+    _print_rows(rows)
+    return 0
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")
-    return 0
+
+
+def _card_rows(card: ModelCard, graph: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [
+        ("model", f"{card.name} ({card.system}, {card.architecture})"),
+        ("task", card.task),
+        ("labels", _label_line(card)),
+        *graph,
+        *_frontend_rows(card),
+        *((name.replace("_", " "), text) for name, text in _length_rows(card)),
+        ("parameters", "not stated" if card.parameters is None else f"{card.parameters:,}"),
+        ("10 s clip", "not stated" if card.macs is None else f"{card.macs:,} multiply-accumulates in the network"),
+        *((f"metric {name}", f"{value:g}") for name, value in card.metrics.items()),
+        ("licence", card.license or "not stated"),
+        ("trained on", card.training_data or "not stated"),
+    ]
 
 
 def _axes(axes: Sequence[int | str | None]) -> str:
@@ -377,12 +425,10 @@ def _label_line(card: ModelCard) -> str:
 
 
 def _frontend_rows(card: ModelCard) -> list[tuple[str, str]]:
-    from models_zoo.presets import get_frontend, list_frontends
-
     spec = card.frontend
     if spec is None:
         return [("front end", "none")]
-    preset = next((name for name in list_frontends() if get_frontend(name) == spec), "own")
+    preset = _preset_of(spec)
     windows = " + ".join(f"{window.shape} {window.win_length}" for window in spec.windows)
     return [
         (
@@ -392,6 +438,12 @@ def _frontend_rows(card: ModelCard) -> list[tuple[str, str]]:
         ("mel", f"{spec.mel.n_mels} bands, {spec.mel.f_min:g} to {spec.mel.f_max:g} Hz, {spec.mel.scale}"),
         ("features", f"axes {spec.layout}"),
     ]
+
+
+def _preset_of(spec: FrontendSpec) -> str:
+    from models_zoo.presets import get_frontend, list_frontends
+
+    return next((name for name in list_frontends() if get_frontend(name) == spec), "own")
 
 
 def _legal_lengths(card: ModelCard) -> dict[str, Any]:
@@ -458,7 +510,6 @@ def _verification_line(verification: Any) -> str:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-
     from models_zoo.registry import get_card, list_models, list_shipped
 
     shipped = set(list_shipped())
@@ -469,9 +520,15 @@ def _models(arguments: argparse.Namespace) -> int:
             {
                 "name": name,
                 "shipped": name in shipped,
-                "file": None if card.checkpoint is None else card.checkpoint.file,
+                "architecture": card.architecture,
+                "parameters": card.parameters,
+                "macs": card.macs,
                 "mAP": card.metrics.get("mAP"),
                 "test_accuracy": card.metrics.get("test_accuracy"),
+                "frontend": None if card.frontend is None else _preset_of(card.frontend),
+                "legal_lengths": _legal_lengths(card),
+                "file": None if card.checkpoint is None else card.checkpoint.file,
+                "url": None if card.checkpoint is None else card.checkpoint.url,
             }
         )
     if not rows:
@@ -479,14 +536,31 @@ def _models(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print("\n".join(json.dumps(row) for row in rows))
         return 0
-    width = max(len(row["name"]) for row in rows)
-    for row in rows:
-        measured = [(key, row[key]) for key in ("mAP", "test_accuracy") if row[key] is not None]
-        score = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in measured)
-        note = "ships; load it by name" if row["shipped"] else row["file"] or ""
-        note = f"{note:<40}  {score}"
-        print(f"{row['name']:<{width}}  {note}".rstrip())
+    header = ("name", "parameters", "MACs, 10 s", "measured", "front end", "shortest clip", "weights")
+    table = [header, *map(_model_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        # Numbers stand right in their column.
+        padded = (
+            cell.rjust(width) if i in (1, 2) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        print("  ".join(padded).rstrip())
     return 0
+
+
+def _model_cells(row: dict[str, Any]) -> tuple[str, str, str, str, str, str, str]:
+    measured = [f"{key.replace('_', ' ')} {row[key]:.3f}" for key in ("mAP", "test_accuracy") if row[key] is not None]
+    lengths = row["legal_lengths"]
+    return (
+        row["name"],
+        "" if row["parameters"] is None else f"{row['parameters'] / 1e6:.2f} M",
+        "" if row["macs"] is None else f"{row['macs'] / 1e9:.2f} G",
+        ", ".join(measured),
+        row["frontend"] or "",
+        f"{lengths['min_seconds']:.3f} s, {_SHORTER[lengths['short']]}" if lengths else "",
+        "ships; load it by name" if row["shipped"] else row["file"] or "",
+    )
 
 
 def _export_frontend(arguments: argparse.Namespace) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Event", "Prediction"]
+from models_zoo.errors import WaveformError
+
+__all__ = ["Event", "Prediction", "average_predictions"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,39 @@ class Prediction:
         if self.events:
             data["events"] = [vars(event) for event in self.events]
         return data
+
+
+def average_predictions(predictions: Iterable[Prediction]) -> Prediction:
+    """Return one answer for a recording from those for its windows, in constant memory.
+
+    Probabilities and embeddings are the plain means over the windows, each window counting once, also a last one that
+    overlaps its neighbour by more than the others do. There are no averaged logits, unless there was one window.
+
+    Args:
+        predictions: of one model, at least one; frame scores and events are left out.
+
+    Raises:
+        WaveformError: no prediction at all (code ``empty``).
+    """
+    count = 0
+    for count, one in enumerate(predictions, start=1):
+        if count == 1:
+            first = one
+            probabilities = one.probabilities.astype(np.float64)
+            embedding = None if one.embedding is None else one.embedding.astype(np.float64)
+            start, end = one.start, one.end
+            continue
+        probabilities += one.probabilities
+        if embedding is not None and one.embedding is not None:
+            embedding += one.embedding
+        start, end = min(start, one.start), max(end, one.end)
+    if not count:
+        raise WaveformError("got no predictions; an average needs at least one", code="empty")
+    return Prediction(
+        labels=first.labels,
+        probabilities=(probabilities / count).astype(np.float32),
+        logits=first.logits if count == 1 else None,
+        embedding=None if embedding is None else (embedding / count).astype(np.float32),
+        start=start,
+        end=end,
+    )

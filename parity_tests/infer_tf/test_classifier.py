@@ -32,7 +32,7 @@ from models_zoo.errors import (
     UnknownNameError,
     WaveformError,
 )
-from models_zoo.prediction import Prediction
+from models_zoo.prediction import Prediction, average_predictions
 from parity_tests.infer_tf.conftest import RATE, noise
 from parity_tests.infer_tf.tiny import LABELS, tiny_card, tiny_model, tiny_proto, with_metadata, write_tiny
 
@@ -243,8 +243,47 @@ def test_windows_have_no_duration_cap_and_need_no_memory_for_the_whole(model_pat
         before = psutil.Process().memory_info().rss
         count = 20 + sum(1 for _ in answers)
         grown = psutil.Process().memory_info().rss - before
+        average = short.predict_average(path, 5.0, 5.0)
+        grown_again = psutil.Process().memory_info().rss - before
     assert count == 240
-    assert grown < 30e6, "1200 s of samples alone are 154 MB"
+    assert (average.start, average.end) == (0, 1200)
+    assert max(grown, grown_again) < 30e6, "1200 s of samples alone are 154 MB"
+
+
+def test_the_average_is_the_mean_over_the_windows(classifier, wav):
+    path = wav(seconds=1.3)
+    windows = list(classifier.predict_windows(path, 0.5, 0.25))
+    assert [one.end for one in windows] == [0.5, 0.75, 1.0, 1.25, 1.3], "the last window ends with the recording"
+    assert np.std([one.probabilities for one in windows], axis=0).max() > 0.01
+    average = classifier.predict_average(path, 0.5, 0.25)
+    for name in ("probabilities", "embedding"):
+        mean = np.mean([getattr(one, name) for one in windows], axis=0, dtype=np.float64)
+        np.testing.assert_allclose(getattr(average, name), mean, rtol=1e-6, err_msg="every window counts once")
+        assert getattr(average, name).dtype == np.float32
+    assert (average.labels, average.start, average.end, average.logits) == (classifier.labels, 0, 1.3, None)
+    waveform = load_audio(path, classifier.frontend.spec)
+    same(classifier.predict_average(waveform, 0.5, 0.25), average)
+    same(classifier.predict_average(path, 5.0, 1.0), classifier.predict(path))
+    with pytest.raises(ClipLengthError):
+        classifier.predict_average(path, 0.01, 1.0)
+
+
+def test_an_average_of_nothing_is_an_error():
+    with pytest.raises(WaveformError, match="needs at least one"):
+        average_predictions([])
+
+
+def test_embeddings_per_window(classifier, wav):
+    path = wav(seconds=1.2)
+    found = list(classifier.embed_windows(path, 0.5, 0.25))
+    windows = list(classifier.predict_windows(path, 0.5, 0.25))
+    assert [(start, end) for start, end, _ in found] == [(one.start, one.end) for one in windows]
+    for (start, end, embedding), one in zip(found, windows, strict=True):
+        np.testing.assert_array_equal(embedding, one.embedding)
+        waveform = load_audio(path, classifier.frontend.spec)[round(start * RATE) : round(end * RATE)]
+        np.testing.assert_array_equal(embedding, classifier.embed(waveform))
+    with pytest.raises(WaveformError):
+        classifier.embed_windows(path, 0.5, 0)
 
 
 def test_embed(classifier, tmp_path):
@@ -261,6 +300,9 @@ def test_embed(classifier, tmp_path):
         assert scores.predict(clip).embedding is None
         with pytest.raises(ModelFileError, match="no embedding output; its outputs: logits"):
             scores.embed(clip)
+        with pytest.raises(ModelFileError, match="no embedding output"):
+            scores.embed_windows(clip)
+        assert scores.predict_average(noise(1.0), 0.5, 0.5).embedding is None
 
 
 def test_a_bare_embedding_model_embeds_and_does_not_predict(classifier, tmp_path):
@@ -274,6 +316,9 @@ def test_a_bare_embedding_model_embeds_and_does_not_predict(classifier, tmp_path
         for refused in (bare.predict, bare.predict_windows):
             with pytest.raises(ModelFileError, match="use embed"):
                 refused(noise(0.3))
+        found = [embedding for _, _, embedding in bare.embed_windows(noise(1.0), 0.5, 0.5)]
+        expected = [embedding for _, _, embedding in classifier.embed_windows(noise(1.0), 0.5, 0.5)]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_an_unlabelled_model_numbers_its_classes(tmp_path):

@@ -214,6 +214,7 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     "window inf": (["predict", "MODEL", "clip.wav", "--window", "inf"], "expected seconds"),
     "window too short": (["predict", "MODEL", "clip.wav", "--window", "0.01"], "needs at least 514 samples"),
     "hop without window": (["predict", "MODEL", "clip.wav", "--hop", "1"], "--hop needs --window"),
+    "average without window": (["predict", "MODEL", "clip.wav", "--average"], "--average needs --window"),
     "threads text": (["predict", "MODEL", "clip.wav", "--threads", "two"], "invalid int"),
     "threads 0": (["predict", "MODEL", "clip.wav", "--threads", "0"], "threads: got 0"),
     "unknown device": (["predict", "MODEL", "clip.wav", "--device", "tpu"], "unknown device 'tpu'"),
@@ -522,7 +523,9 @@ def test_info_says_what_the_model_is(run, model_path):
 
 def test_models_lists_the_zoo(run):
     everything = run("models").out
-    names = [line.split()[0] for line in everything.splitlines()]
+    header, *lines = everything.splitlines()
+    assert header.split("  ")[0] == "name"
+    names = [line.split()[0] for line in lines]
     assert len(set(names)) == len(names)
     assert names[:2] == registry.list_shipped()
     assert everything.count("ships; load it by name") == 2
@@ -531,6 +534,82 @@ def test_models_lists_the_zoo(run):
     some = [json.loads(line) for line in run("models", "mn04*", "--json").out.splitlines()]
     assert {row["name"] for row in some} == {"mn04_as", "mn04_im"}
     assert not any(row["shipped"] for row in some)
+
+
+def test_models_says_what_each_costs_needs_and_reached(run):
+    (line,) = run("models", "mn10_as_hop_15").out.splitlines()[1:]
+    assert line.split("  ")[0] == "mn10_as_hop_15"
+    for part in (
+        "4.88 M",
+        "0.36 G",
+        "mAP 0.463",
+        "efficientat_hop480",
+        "0.016 s, else error",
+        "mn10_as_hop_15_mAP_463",
+    ):
+        assert part in line
+    (digits,) = run("models", "digits*").out.splitlines()[1:]
+    for part in ("0.72 M", "0.11 G", "test accuracy 0.990", "0.700 s, else zeros"):
+        assert part in digits
+    rows = [json.loads(line) for line in run("models", "dymn*", "--json").out.splitlines()]
+    assert [row["name"] for row in rows] == registry.list_models("dymn*")
+    assert len(rows) >= 11
+    row = next(row for row in rows if row["name"] == "dymn10_as")
+    card = registry.get_card("dymn10_as")
+    assert (row["parameters"], row["macs"], row["mAP"]) == (card.parameters, card.macs, card.metrics["mAP"])
+    assert (row["frontend"], row["legal_lengths"]["min_samples"]) == ("efficientat", 514)
+
+
+def test_info_of_a_published_model_needs_no_file(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = run("info", "dymn10_as").out
+    for part in (
+        "python export/pt2onnx.py dymn10_as -o dymn10_as.onnx",
+        "514 samples (0.0161 s); shorter: error",
+        "10,548,479",
+        "581,672,832 multiply-accumulates",
+        "(batch, 527)",
+        "dymn10_as.pt",
+        "metric mAP        0.477",
+    ):
+        assert part in text
+    data = json.loads(run("info", "dymn10_as", "--json").out)
+    assert data["card"] == registry.get_card("dymn10_as").to_dict()
+    assert data["file"] is None
+    # A file comes before a name.
+    write_tiny(tmp_path / "dymn10_as")
+    assert "tiny" in run("info", "dymn10_as").out
+
+
+def test_info_shows_costs_and_the_rule_for_short_clips(run, tmp_path):
+    assert "718,378" in run("info", "digits-mn").out
+    assert "110,378,368 multiply-accumulates" in run("info", "digits-mn").out
+    path = write_tiny(tmp_path / "m.onnx", tiny_card(length_policy={"min": 16000, "short": "repeat"}))
+    text = run("info", path).out
+    assert "16000 samples (0.5000 s); shorter: repeat" in text
+    assert "not stated" in next(line for line in text.splitlines() if line.startswith("parameters"))
+
+
+def test_predict_averages_windows(run, model_path, wav, classifier, tmp_path):
+    path = wav(seconds=1.2)
+    windows = [
+        json.loads(line) for line in run("predict", model_path, path, "--window", 0.5, "--json").out.splitlines()
+    ]
+    one = json.loads(run("predict", model_path, path, "--window", 0.5, "--average", "--json").out)
+    assert len(windows) == 4
+    assert (one["start"], one["end"]) == (0, pytest.approx(1.2))
+    mean = {
+        label: np.mean([entry["probability"] for row in windows for entry in row["top"] if entry["label"] == label])
+        for label in LABELS
+    }
+    assert {entry["label"]: entry["probability"] for entry in one["top"]} == pytest.approx(mean, rel=1e-6)
+    table = run("predict", model_path, path, "--window", 0.5, "--average").out.splitlines()
+    assert table[0] == f"{path}  (1.20 s)"
+    output = tmp_path / "scores.csv"
+    assert run("predict", model_path, path, "--window", 0.5, "--average", "-o", output).code == 0
+    with output.open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert float(row["probability_1"]) == one["top"][0]["probability"]
 
 
 @pytest.mark.parametrize("source", ["MODEL", "yamnet"])
