@@ -15,13 +15,14 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from export.batching import clip_by_clip
 from export.verify import Verification, example_inputs, legal_lengths, verify_onnx
 from models_zoo.cards import CARD_KEY, VERIFICATION_KEY, ModelCard, ModelInput, ModelOutput
 from models_zoo.errors import CheckpointError, DataError, ExportError
 from models_zoo.files import check_writable, replacing
 from models_zoo.labels import check_labels
 from train_torch.checkpoint import load_checkpoint
-from train_torch.models import Model, check_card
+from train_torch.models import Model, check_card, clip_form
 
 __all__ = ["CHECKPOINT_KEY", "EXPORTER_KEY", "OPSETS", "OPSET_KEY", "export_checkpoint", "export_onnx"]
 
@@ -158,14 +159,16 @@ class _Graph(nn.Module):
 
 def _export(model: nn.Module, card: ModelCard) -> onnx.ModelProto:
     """Return the graph of ``model`` without metadata of the machine it was made on."""
-    graph = _Graph(model, card).eval()
+    form = clip_form(model)
+    graph = _Graph(model if form is None else form, card).eval()
     lengths = legal_lengths(card)
     num_samples = lengths[len(lengths) // 2]
-    example = tuple(example_inputs(card, num_samples, _EXAMPLE_BATCH).values())
+    example = tuple(example_inputs(card, num_samples, _EXAMPLE_BATCH if form is None else 1).values())
+    fixed = () if form is None else ("batch",)
     export = _with_torchscript if card.exporter == "torchscript" else _with_dynamo
     try:
         with _quiet_exporters():
-            exported = export(graph, example, card)
+            exported = export(graph, example, card, fixed)
     # The exporters raise whatever their passes raise; a user needs to know that it was the export.
     except Exception as error:
         raise ExportError(
@@ -175,14 +178,16 @@ def _export(model: nn.Module, card: ModelCard) -> onnx.ModelProto:
     for part in (exported.graph, *exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    return exported
+    return exported if form is None else clip_by_clip(exported, card)
 
 
-def _dynamic_axes(part: ModelInput | ModelOutput) -> dict[int, str]:
-    return {axis: name for axis, name in enumerate(part.axes) if not name.isdecimal()}
+def _dynamic_axes(part: ModelInput | ModelOutput, fixed: tuple[str, ...]) -> dict[int, str]:
+    return {axis: name for axis, name in enumerate(part.axes) if not name.isdecimal() and name not in fixed}
 
 
-def _with_torchscript(graph: _Graph, example: tuple[Tensor, ...], card: ModelCard) -> onnx.ModelProto:
+def _with_torchscript(
+    graph: _Graph, example: tuple[Tensor, ...], card: ModelCard, fixed: tuple[str, ...]
+) -> onnx.ModelProto:
     buffer = io.BytesIO()
     torch.onnx.export(
         graph,
@@ -192,13 +197,17 @@ def _with_torchscript(graph: _Graph, example: tuple[Tensor, ...], card: ModelCar
         opset_version=OPSETS["torchscript"],
         input_names=graph.input_names,
         output_names=graph.output_names,
-        dynamic_axes={part.name: _dynamic_axes(part) for part in (*card.inputs, *card.outputs)},
+        dynamic_axes={part.name: _dynamic_axes(part, fixed) for part in (*card.inputs, *card.outputs)},
     )
     return onnx.load_model_from_string(buffer.getvalue())
 
 
-def _with_dynamo(graph: _Graph, example: tuple[Tensor, ...], card: ModelCard) -> onnx.ModelProto:
-    shapes = tuple({axis: torch.export.Dim(name) for axis, name in _dynamic_axes(part).items()} for part in card.inputs)
+def _with_dynamo(
+    graph: _Graph, example: tuple[Tensor, ...], card: ModelCard, fixed: tuple[str, ...]
+) -> onnx.ModelProto:
+    shapes = tuple(
+        {axis: torch.export.Dim(name) for axis, name in _dynamic_axes(part, fixed).items()} for part in card.inputs
+    )
     program = torch.onnx.export(
         graph,
         example,

@@ -161,10 +161,18 @@ def legal_lengths(card: ModelCard) -> list[int]:
 
 
 def _check_self_contained(path: Path) -> None:
-    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    tensors = _tensors(onnx.load(path, load_external_data=False).graph)
     outside = [tensor.name for tensor in tensors if onnx.external_data_helper.uses_external_data(tensor)]
     if outside:
         raise VerificationError(f"{path.name} keeps weights in a second file ({outside[0]}, ...); expected one file")
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield the weights of a graph and of the graphs inside its nodes."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from _tensors(attribute.g)
 
 
 def _check_interface(session: onnxruntime.InferenceSession, card: ModelCard) -> None:

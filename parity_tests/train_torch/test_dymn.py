@@ -15,7 +15,7 @@ from parity_tests.networks import card_of, contract_entry, contract_features, co
 from parity_tests.tolerances import FORMULATIONS
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
 from train_torch.models import check_card, create_from_card, create_model
-from train_torch.models.efficientat_dymn import DyMNOptions, _DynamicConv, _DynamicReLU
+from train_torch.models.efficientat_dymn import DyMNOptions, DynamicConv, DynamicReLU
 
 FEATURES = noise_features(3, 101)
 SWITCHES = ("dynamic_conv", "dynamic_relu", "coordinate_attention")
@@ -153,7 +153,7 @@ def test_kernels_are_mixed_in_shares_that_follow_the_temperature():
 @pytest.mark.parametrize("num_pieces", [1, 2, 3])
 def test_the_activation_is_the_largest_of_its_affine_pieces(num_pieces):
     torch.manual_seed(0)
-    activation = _DynamicReLU(4, 6, num_pieces)
+    activation = DynamicReLU(4, 6, num_pieces)
     nn.init.normal_(activation.coef_net[0].weight)
     x, context = torch.randn(2, 4, 3, 5), torch.randn(2, 6)
     weight, bias = (value.detach().numpy().astype(float) for value in activation.coef_net[0].parameters())
@@ -301,7 +301,7 @@ def test_temperature_changes_the_answer_and_the_options():
     hot = answer(model)
     model.set_temperature(1)
     assert model.temperature == model.options["temperature"] == 1
-    assert {module.temperature for module in model.modules() if isinstance(module, _DynamicConv)} == {1}
+    assert {module.temperature for module in model.modules() if isinstance(module, DynamicConv)} == {1}
     assert (answer(model) - hot).abs().max() > 0.05
     with pytest.raises(CardError, match="temperature"):
         model.set_temperature(0)
@@ -363,7 +363,7 @@ def test_options_travel_as_json():
 @pytest.mark.parametrize(("batch", "kernel"), [(1, 3), (3, 5)])
 def test_both_depthwise_formulations_agree(batch, kernel, stride):
     torch.manual_seed(0)
-    convolution = _DynamicConv(8, 8, 6, DyMNOptions(), kernel=kernel, stride=stride)
+    convolution = DynamicConv(8, 8, 6, DyMNOptions(), kernel=kernel, stride=stride)
     x, shares = torch.randn(batch, 8, 9, 14), torch.rand(batch, 4).softmax(1)
     with torch.no_grad():
         mixed = convolution.depthwise_mixed(x, shares)
@@ -381,8 +381,8 @@ def test_the_exported_formulation_gives_the_same_answers(contracts, monkeypatch,
     with torch.no_grad():
         eager = model(features=features)["logits"]
         calls = []
-        by_kernel = _DynamicConv.depthwise_by_kernel
-        monkeypatch.setattr(_DynamicConv, "depthwise_by_kernel", lambda *args: calls.append(1) or by_kernel(*args))
+        by_kernel = DynamicConv.depthwise_by_kernel
+        monkeypatch.setattr(DynamicConv, "depthwise_by_kernel", lambda *args: calls.append(1) or by_kernel(*args))
         monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
         exported = model(features=features)["logits"]
     assert len(calls) == sum(hasattr(layer, "depth_conv") for layer in model.layers)

@@ -15,9 +15,10 @@ from models_zoo.schema import Declaration
 from models_zoo.specs import FrontendSpec
 from train_torch.costs import count_costs
 from train_torch.models.efficientat_dymn import DyMN, DyMNOptions
+from train_torch.models.efficientat_dymn_clip import DyMNClip
 from train_torch.models.efficientat_mn import MN, MNOptions
 
-__all__ = ["Model", "check_card", "create_from_card", "create_model", "list_architectures", "new_card"]
+__all__ = ["Model", "check_card", "clip_form", "create_from_card", "create_model", "list_architectures", "new_card"]
 
 
 class Model(Protocol):
@@ -132,6 +133,14 @@ def create_from_card(card: ModelCard, **options: Any) -> nn.Module:
     """
     architecture, declared = _resolve_card(card, options)
     return architecture.build(declared)
+
+
+def clip_form(model: nn.Module) -> nn.Module | None:
+    """Return ``model`` rewritten for a batch of one, where that is what exports, and runs fastest; otherwise None.
+
+    It takes the same inputs and returns the same outputs, in evaluation mode.
+    """
+    return DyMNClip(model) if isinstance(model, DyMN) else None
 
 
 def new_card(

@@ -4,7 +4,7 @@ Source: Schmid et al., "Dynamic Convolutional Neural Networks as Efficient Pre-t
 fschmid56/EfficientAT ``models/dymn``. Parameter names and shapes are the published ones, so that published files load
 strictly. Differences: axes are averaged instead of pooled adaptively and squeezed away, so ranks never depend on the
 batch or the class count; dynamic 1x1 convolutions are matrix products; and a graph with free batch and time can be
-exported (:class:`_DynamicConv`), which the published code cannot.
+exported (:class:`DynamicConv`), which the published code cannot.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Wrapped(nn.Module):
         return self.module(x)
 
 
-class _DynamicConv(nn.Module):
+class DynamicConv(nn.Module):
     """Convolution, 1x1 or depthwise, whose kernel is a mixture of K stored ones, in shares computed from the context.
 
     ``weight`` is ``(1, 1, K, values of one kernel)`` as published; a kernel is ``(out, in / groups, k, k)``.
@@ -159,7 +159,7 @@ class _DynamicConv(nn.Module):
         return reduce(torch.add, parts)
 
 
-class _DynamicReLU(nn.Module):
+class DynamicReLU(nn.Module):
     """The largest of M affine maps per channel, with coefficients computed from the context.
 
     Source: Chen et al., "Dynamic ReLU" (arXiv 2003.10027), variant B.
@@ -211,7 +211,7 @@ class _Context(nn.Module):
         return torch.sigmoid(over_mel), torch.sigmoid(over_time).transpose(2, 3)
 
 
-class _DynamicBlock(nn.Module):
+class DynamicBlock(nn.Module):
     """Expand, depthwise convolution, dynamic activation, coordinate attention, project; with a bypass as in MN."""
 
     def __init__(self, row: Block, mels: int, options: DyMNOptions) -> None:
@@ -222,7 +222,7 @@ class _DynamicBlock(nn.Module):
 
         def convolution(inputs: int, outputs: int, kernel: int = 1, stride: int = 1) -> nn.Module:
             if options.dynamic_conv:
-                return _DynamicConv(inputs, outputs, context, options, kernel=kernel, stride=stride)
+                return DynamicConv(inputs, outputs, context, options, kernel=kernel, stride=stride)
             groups = outputs if kernel > 1 else 1
             return _Wrapped(nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False))
 
@@ -234,7 +234,7 @@ class _DynamicBlock(nn.Module):
         self.depth_conv = convolution(row.expanded, row.expanded, row.kernel, row.step)
         self.depth_norm = BackboneNorm(row.expanded)
         self.depth_act = (
-            _DynamicReLU(row.expanded, context, options.num_pieces)
+            DynamicReLU(row.expanded, context, options.num_pieces)
             if options.dynamic_relu
             else _Wrapped(row.activation())
         )
@@ -281,7 +281,7 @@ class DyMN(nn.Module):
         self.layers = nn.ModuleList()
         for row in rows:
             dynamic = options.use_dy_blocks == "all" or row.excite
-            self.layers.append(_DynamicBlock(row, mels, options) if dynamic else InvertedResidual(row))
+            self.layers.append(DynamicBlock(row, mels, options) if dynamic else InvertedResidual(row))
             mels = -(-mels // row.step)
         last = 6 * rows[-1].outputs
         self.in_c = conv_norm(1, rows[0].inputs, nn.Hardswish, kernel=3, stride=2)
@@ -312,7 +312,7 @@ class DyMN(nn.Module):
         """
         self.declared = self.declared.replace(temperature=temperature)
         for module in self.modules():
-            if isinstance(module, _DynamicConv):
+            if isinstance(module, DynamicConv):
                 module.temperature = self.declared.temperature
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
