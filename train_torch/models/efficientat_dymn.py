@@ -109,6 +109,10 @@ class DynamicConv(nn.Module):
     """Convolution, 1x1 or depthwise, whose kernel is a mixture of K stored ones, in shares computed from the context.
 
     ``weight`` is ``(1, 1, K, values of one kernel)`` as published; a kernel is ``(out, in / groups, k, k)``.
+
+    In torch, kernels are mixed and then used once: a training step of dymn10 (16 clips of 2 s, forward and backward,
+    one CPU thread) takes 0.74 s, against 1.48 s with K depthwise convolutions mixed afterwards, 1.53 s with K pointwise
+    ones, 0.83 s with pointwise convolutions as groups instead of matrix products, and 0.92 s in channels_last.
     """
 
     def __init__(
@@ -130,7 +134,7 @@ class DynamicConv(nn.Module):
         shares = (self.residuals(context) / self.temperature).softmax(-1)  # (batch, K)
         if not self.depthwise:
             return self.pointwise(x, shares)
-        # One convolution with a kernel per clip has batch * channels groups, a number ONNX needs as a constant.
+        # Mixed kernels side by side are batch * channels groups, a number that ONNX needs as a constant.
         return (
             self.depthwise_by_kernel(x, shares) if torch.onnx.is_in_onnx_export() else self.depthwise_mixed(x, shares)
         )
