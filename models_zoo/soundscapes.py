@@ -189,9 +189,10 @@ def write_soundscapes(
     seconds: float = 2.0,
     events_per_clip: int = 1,
     classes: Sequence[str] = CLASSES,
+    class_folders: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write labelled clips and their ``metadata.csv``; return the path of the table.
+    """Write labelled clips and their ``metadata.csv``; return the path of the table, or of the folder without one.
 
     The same arguments give the same clips, and clip i does not depend on ``num_clips``. Classes are balanced.
     Of every five clips of a class three are ``train``, one ``test``, one ``validation``.
@@ -205,11 +206,13 @@ def write_soundscapes(
         events_per_clip: with 1, every clip holds one sound; with more, 1 to that many different ones, in several
             rows per file.
         classes: the sounds to use, from :data:`CLASSES`.
+        class_folders: write ``train/bell/00000.wav`` and so on, without a table; one sound per clip then.
         force: replace an earlier folder's table and clips.
 
     Raises:
         DataError, UnknownNameError: impossible arguments.
-        OutputExistsError, OutputWriteError: the table exists and ``force`` is false, or a write failed.
+        OutputExistsError, OutputWriteError: the table (or the first clip) exists and ``force`` is false, or a write
+            failed.
     """
     for label in classes:
         if label not in _SOUNDS:
@@ -220,8 +223,14 @@ def write_soundscapes(
             f"{events_per_clip}, {len(set(classes))} classes; expected at least 1 clip, 0.5 s, 16000 Hz and 1 event, "
             "and no more events than classes"
         )
+    if class_folders and events_per_clip > 1:
+        raise DataError(
+            f"got {events_per_clip} events per clip; a class folder says one class: ask for one, or a table"
+        )
     folder = Path(folder)
-    table = check_writable(folder / "metadata.csv", force=force)
+    table = folder / "metadata.csv"
+    if not class_folders:
+        check_writable(table, force=force)
     rows: list[tuple[str, str, str, str, str]] = []
     for index in range(num_clips):
         rng = np.random.default_rng([seed, index])
@@ -230,11 +239,13 @@ def write_soundscapes(
         extra = rng.integers(0, events_per_clip)
         labels = [first, *(str(label) for label in rng.permutation(others)[:extra])]
         clip, events = render_clip(labels, seconds, sample_rate, rng)
-        name = f"audio/{index:05d}.wav"
+        split = _SPLIT_PATTERN[index // len(classes) % len(_SPLIT_PATTERN)]
+        name = f"{split}/{first}/{index:05d}.wav" if class_folders else f"audio/{index:05d}.wav"
         with replacing(folder / name, force=force) as partial:
             soundfile.write(partial, clip, sample_rate, subtype="PCM_16", format="WAV")
-        split = _SPLIT_PATTERN[index // len(classes) % len(_SPLIT_PATTERN)]
         rows += [(name, label, split, f"{onset:.6f}", f"{offset:.6f}") for label, onset, offset in events]
+    if class_folders:
+        return folder
     with replacing(table, force=force) as partial, open(partial, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("file", "label", "split", "onset", "offset"))

@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--seconds", type=float, default=2.0, help="length of each (default 2)")
     scenes.add_argument("--sample-rate", type=int, default=32000, help="Hz (default 32000)")
     scenes.add_argument("--events", type=int, default=1, help="sounds per clip, at most (default 1)")
+    scenes.add_argument(
+        "--class-folders", action="store_true", help="train/bell/00000.wav, ... in place of audio/ and a table"
+    )
     scenes.add_argument("--seed", type=int, default=0)
     scenes.add_argument("--force", action="store_true", help="replace an earlier folder's table and clips")
     scenes.set_defaults(run=_soundscapes)
@@ -204,6 +207,7 @@ def _soundscapes(options: argparse.Namespace) -> None:
         sample_rate=options.sample_rate,
         seconds=options.seconds,
         events_per_clip=options.events,
+        class_folders=options.class_folders,
         force=options.force,
     )
     sys.stdout.write(f"{table}\n")

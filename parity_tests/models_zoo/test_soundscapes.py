@@ -61,6 +61,22 @@ def test_folder(tmp_path: Path) -> None:
         assert contents[0] == contents[1] != contents[2]
 
 
+def test_class_folders(tmp_path: Path) -> None:
+    folder = write_soundscapes(tmp_path / "folders", num_clips=50, seed=1, seconds=0.5, class_folders=True)
+    table = write_soundscapes(tmp_path / "table", num_clips=50, seed=1, seconds=0.5)
+    assert sorted(path.name for path in folder.iterdir()) == ["test", "train", "validation"]
+    inside, listed = read_dataset(folder), read_dataset(table.parent)
+    assert inside.labels == listed.labels == CLASSES
+    found = {record.file.name: (record.labels, record.split, record.file.read_bytes()) for record in inside.records}
+    assert found == {
+        record.file.name: (record.labels, record.split, record.file.read_bytes()) for record in listed.records
+    }
+    with pytest.raises(OutputExistsError):
+        write_soundscapes(folder, num_clips=1, seconds=0.5, class_folders=True)
+    with pytest.raises(DataError, match="a class folder says one class"):
+        write_soundscapes(tmp_path / "x", num_clips=1, events_per_clip=2, class_folders=True)
+
+
 def test_several_events_per_clip(tmp_path: Path) -> None:
     write_soundscapes(tmp_path, num_clips=40, seed=0, seconds=3.0, events_per_clip=3)
     dataset = read_dataset(tmp_path)

@@ -11,7 +11,7 @@ from models_zoo.registry import get_card, shipped_model
 from train_torch.checkpoint import load_checkpoint
 from train_torch.evaluation import evaluate
 from train_torch.frontend import TorchFrontend
-from train_torch.recipes import get_recipe
+from train_torch.recipes import Recipe, get_recipe
 
 SHIPPED = {"digits-mn": ("digits", "fsdd", 0.97), "instruments-mn": ("instruments", "instruments", 0.70)}
 
@@ -19,7 +19,7 @@ SHIPPED = {"digits-mn": ("digits", "fsdd", 0.97), "instruments-mn": ("instrument
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_came_from_its_committed_recipe(name):
     card, recipe = get_card(name), get_recipe(SHIPPED[name][0])
-    assert card.provenance["recipe"] == recipe.to_dict()
+    assert Recipe.from_dict(card.provenance["recipe"]) == recipe
     assert card.provenance["seed"] == recipe.seed
     assert card.license == recipe.license != ""
     assert card.training_data
