@@ -215,16 +215,13 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
     def _arrange(self, y: Any) -> Any:
         """Return ``(batch, windows, T, n_mels)`` cut into patches and in the layout's order."""
         spec = self.spec
-        axes = "bctm"
         if spec.patches is not None:
-            y, axes = tf.signal.frame(y, spec.patches.length, spec.patches.hop, axis=2), "bcptm"
+            y = tf.signal.frame(y, spec.patches.length, spec.patches.hop, axis=2)
         if len(spec.windows) == 1:
-            y, axes = tf.squeeze(y, axis=1), axes.replace("c", "")
-        order = spec.layout.split(" ")
-        y = tf.transpose(y, [axes.index(axis) for axis in order if axis != "1"])
-        for position, axis in enumerate(order):
-            if axis == "1":
-                y = tf.expand_dims(y, position)
+            y = tf.squeeze(y, axis=1)
+        y = tf.transpose(y, spec.axis_order)
+        for position in spec.unit_axes:
+            y = tf.expand_dims(y, position)
         return y
 
 

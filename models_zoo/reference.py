@@ -161,12 +161,9 @@ class ReferenceFrontend:
     def arrange(self, y: _Array) -> _Array:
         """Return ``(batch, windows, T, n_mels)`` cut into patches and in the layout's order."""
         spec = self.spec
-        axes = "bctm"
         if spec.patches is not None:
             patches = sliding_window_view(y, spec.patches.length, axis=2)[:, :, :: spec.patches.hop]
-            y, axes = np.moveaxis(patches, -1, 3), "bcptm"
+            y = np.moveaxis(patches, -1, 3)
         if len(spec.windows) == 1:
-            y, axes = y[:, 0], axes.replace("c", "")
-        order = spec.layout.split(" ")
-        y = np.transpose(y, [axes.index(axis) for axis in order if axis != "1"])
-        return np.ascontiguousarray(np.expand_dims(y, [i for i, axis in enumerate(order) if axis == "1"]))
+            y = y[:, 0]
+        return np.ascontiguousarray(np.expand_dims(np.transpose(y, spec.axis_order), spec.unit_axes))

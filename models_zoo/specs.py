@@ -321,6 +321,19 @@ class FrontendSpec(Declaration):
         return self
 
     @property
+    def axis_order(self) -> tuple[int, ...]:
+        """Where the layout's axes lie in ``(batch, windows, [patches,] T, n_mels)``, a single window squeezed away."""
+        axes = "bcptm" if self.patches is not None else "bctm"
+        if len(self.windows) == 1:
+            axes = axes.replace("c", "")
+        return tuple(axes.index(axis) for axis in self.layout.split(" ") if axis != "1")
+
+    @property
+    def unit_axes(self) -> tuple[int, ...]:
+        """Positions of the layout's unit axes, which are inserted last, in order."""
+        return tuple(position for position, axis in enumerate(self.layout.split(" ")) if axis == "1")
+
+    @property
     def span(self) -> int:
         """Samples a frame spans when frames are counted: n_fft if centred, else the longest window."""
         if self.framing.placement == "centred":

@@ -268,17 +268,13 @@ class TorchFrontend(nn.Module):
     def _arrange(self, y: Tensor) -> Tensor:
         """Return ``(batch, windows, T, n_mels)`` cut into patches and in the layout's order."""
         spec = self.spec
-        axes = "bctm"
         if spec.patches is not None:
             y = y.unfold(2, spec.patches.length, spec.patches.hop).movedim(-1, 3)
-            axes = "bcptm"
         if len(spec.windows) == 1:
-            y, axes = y.squeeze(1), axes.replace("c", "")
-        order = spec.layout.split(" ")
-        y = y.permute([axes.index(axis) for axis in order if axis != "1"])
-        for position, axis in enumerate(order):
-            if axis == "1":
-                y = y.unsqueeze(position)
+            y = y.squeeze(1)
+        y = y.permute(spec.axis_order)
+        for position in spec.unit_axes:
+            y = y.unsqueeze(position)
         return y.contiguous()
 
 
