@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from models_zoo.errors import AudioClassifierError
+from models_zoo.errors import AudioClassifierError, SpecError
 from train_torch.recipes import Recipe, get_recipe, list_recipes
 
 __all__ = ["main"]
@@ -50,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--patience", type=int, help="epochs without improvement before stopping; 0: never")
     recipe.add_argument("--val-fraction", type=float, help="share set aside where the data has no validation split")
     recipe.add_argument("--precision", choices=tuple(_PRECISIONS), help="16 and bf16: mixed precision")
+    recipe.add_argument(
+        "--set",
+        metavar="FIELD=VALUE",
+        nargs="+",
+        default=[],
+        help="any field of the recipe, e.g. loss.class_balanced=0.9999 augmentation.gain_db=[-6,6]",
+    )
     start = fit.add_argument_group("starting point")
     start.add_argument(
         "--init", metavar="CHECKPOINT", help="fine-tune: a published model's name, e.g. mn10_as, or a file"
@@ -99,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--force", action="store_true", help="replace an earlier folder's table and clips")
     scenes.set_defaults(run=_soundscapes)
 
-    recipes = commands.add_parser("recipes", help="list the recipes that come with the package")
+    recipes = commands.add_parser("recipes", help="list the recipes that come with the package, or print one")
+    recipes.add_argument("name", metavar="NAME", nargs="?", help="print this one as JSON: a start for your own file")
     recipes.set_defaults(run=_recipes)
     return parser
 
@@ -131,11 +139,36 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(max(threads, 1))
 
 
+def _with_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """Return ``recipe`` with ``field.inner=value`` applied in order; values are JSON, or text where they are not."""
+    data: dict[str, Any] = recipe.to_dict()
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        *outer, last = path.split(".")
+        part: Any = data
+        for name in outer:
+            if isinstance(part, dict) and part.get(name, "") is None:
+                part[name] = {}  # a part that is off by default is switched on by setting something in it
+            part = part.get(name) if isinstance(part, dict) else None
+        if not equals or not isinstance(part, dict):
+            raise SpecError(
+                f"--set {assignment}: expected FIELD=VALUE with a field of the recipe, e.g. "
+                "loss.class_balanced=0.9999; python -m train_torch recipes default prints them all",
+                field=path,
+            )
+        try:
+            part[last] = json.loads(text)
+        except ValueError:
+            part[last] = text
+    return Recipe.from_dict(data)
+
+
 def _fit(options: argparse.Namespace) -> None:
     overrides = {field: getattr(options, field, None) for field in Recipe.model_fields if field != "precision"}
     if options.precision is not None:
         overrides["precision"] = _PRECISIONS[options.precision]
     recipe = get_recipe(options.recipe).replace(**{k: v for k, v in overrides.items() if v is not None})
+    recipe = _with_fields(recipe, options.set)
 
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -214,6 +247,9 @@ def _soundscapes(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
+    if options.name is not None:
+        sys.stdout.write(get_recipe(options.name).to_json(indent=2) + "\n")
+        return
     names = list_recipes()
     for name in names:
         sys.stdout.write(f"{name:<{max(map(len, names))}}  {get_recipe(name).description}\n")

@@ -31,7 +31,7 @@ from train_torch.__main__ import main
 from train_torch.checkpoint import load_checkpoint
 from train_torch.evaluation import evaluate
 from train_torch.frontend import TorchFrontend
-from train_torch.recipes import Augmentation, Recipe
+from train_torch.recipes import Augmentation, Recipe, get_recipe
 from train_torch.train import fit
 
 TINY = Recipe(
@@ -349,6 +349,13 @@ def test_clips_with_unknown_labels_are_not_scored(trained, tmp_path):
         (["fit", "--data", "{sounds}", "--out", "{tmp}/run", "--model", "mn4"], "did you mean"),
         (["fit", "--data", "{sounds}", "--out", "{tmp}/run", "--recipe", "digit"], "did you mean 'digits'"),
         (["fit", "--data", "{sounds}", "--out", "{tmp}/run", "--lr", "-1"], "lr"),
+        (["fit", "--data", "{sounds}", "--out", "{tmp}/run", "--set", "epochs"], "--set epochs: expected FIELD=VALUE"),
+        (
+            ["fit", "--data", "{sounds}", "--out", "{tmp}/run", "--set", "loss.beta=1"],
+            "Recipe.loss.beta: unknown field",
+        ),
+        (["fit", "--data", "{sounds}", "--out", "{tmp}/run", "--set", "lr.peak=1"], "--set lr.peak=1: expected FIELD"),
+        (["fit", "--data", "{sounds}", "--out", "{tmp}/run", "--set", "lr=fast"], "Recipe.lr: got 'fast'"),
         (["fit", "--data", "{sounds}", "--out", "{tmp}/run", "--hold-out", "zoe"], "'speaker' or 'fold'"),
         (["fit", "--data", "{sounds}", "--out", "{tmp}/run", "--init", "{tmp}/x.safetensors"], "no such checkpoint"),
         (["evaluate", "{tmp}/x.safetensors", "--data", "{sounds}"], "no such checkpoint"),
@@ -376,8 +383,21 @@ def test_the_command_line_evaluates_and_lists(trained, sounds, capsys):
     assert "30 clips" in printed
     assert "balanced_accuracy" in printed
     assert "recall" in printed
+    assert main(["recipes", "digits"]) == 0
+    assert Recipe.from_json(capsys.readouterr().out) == get_recipe("digits")
     assert main(["recipes"]) == 0
     assert "instruments" in capsys.readouterr().out
+
+
+def test_any_field_of_a_recipe_can_be_set(sounds, tmp_path):
+    fields = ["loss.class_balanced=0.9999", "augmentation.gain_db=[-6, 6]", "task=single_label", "sampling={}"]
+    arguments = ["--data", str(sounds), "--out", str(tmp_path / "run"), "--model", "mn01", "--epochs", "1", "--quiet"]
+    assert main(["fit", *arguments, "--set", *fields, "sampling.clips_per_epoch=8"]) == 0
+    used = Recipe.from_json((tmp_path / "run" / "recipe.json").read_text())
+    assert used.loss.class_balanced == 0.9999
+    assert used.augmentation.gain_db == (-6, 6)
+    assert used.sampling.clips_per_epoch == 8
+    assert (used.model, used.epochs) == ("mn01", 1)
 
 
 def command(*arguments):
