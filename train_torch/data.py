@@ -258,7 +258,8 @@ def sampling_weights(dataset: Dataset, sampling: SamplingRecipe) -> NDArray[np.f
     """
     targets = dataset.multi_hot().astype(np.float64)
     counts = targets.sum(axis=0)
-    weights = targets @ np.divide(1000.0, sampling.offset + counts, out=np.zeros_like(counts), where=counts > 0)
+    each = np.divide(1000.0, sampling.offset + counts, out=np.zeros_like(counts), where=counts > 0)
+    weights: NDArray[np.float64] = targets @ each
     if sampling.clips_per_epoch > np.count_nonzero(weights):
         raise DataError(
             f"sampling.clips_per_epoch: got {sampling.clips_per_epoch}; {dataset.root} has "
