@@ -30,6 +30,8 @@ CHECKPOINT_KEY = "crossfade.checkpoint_sha256"
 OPSET_KEY = "crossfade.opset"
 EXPORTER_KEY = "crossfade.exporter"
 
+_log = logging.getLogger(__name__)
+
 OPSETS = {"torchscript": 17, "dynamo": 18}
 """ONNX operator set per exporter: 17 is the oldest that holds our graphs, so the most runtimes read it; 18 is what
 dynamo writes itself (older ones go through a converter)."""
@@ -44,6 +46,7 @@ def export_onnx(
     *,
     force: bool = False,
     checkpoint_sha256: str | None = None,
+    progress: bool = False,
 ) -> Verification:
     """Write ``model`` as one verified ``.onnx`` file with its card inside, or nothing.
 
@@ -53,6 +56,7 @@ def export_onnx(
         path: of the file.
         force: replace an existing file.
         checkpoint_sha256: of the checkpoint the weights came from, recorded in the file.
+        progress: say on stderr what is being done.
 
     Returns:
         The comparison with the model; also in the file, under ``crossfade.verification``.
@@ -66,6 +70,7 @@ def export_onnx(
     """
     check_card(model, card)
     with replacing(path, force=force) as partial:
+        _log.log(logging.INFO if progress else logging.DEBUG, "exporting %s with %s", card.name, card.exporter)
         exported = _export(copy.deepcopy(model).cpu().eval(), card)
         metadata = {
             CARD_KEY: card.to_json(),
@@ -76,7 +81,7 @@ def export_onnx(
             metadata[CHECKPOINT_KEY] = checkpoint_sha256
         onnx.helper.set_model_props(exported, metadata)
         onnx.save_model(exported, partial)
-        verification = verify_onnx(partial, model, card)
+        verification = verify_onnx(partial, model, card, progress=progress)
         onnx.helper.set_model_props(exported, {**metadata, VERIFICATION_KEY: verification.to_json()})
         onnx.save_model(exported, partial)
     return verification
@@ -92,6 +97,7 @@ def export_checkpoint(
     labels_file: str | Path | None = None,
     exporter: Literal["torchscript", "dynamo"] | None = None,
     force: bool = False,
+    progress: bool = False,
 ) -> tuple[ModelCard, Verification]:
     """Export a checkpoint file; return the card inside the ONNX file, and the comparison.
 
@@ -128,7 +134,7 @@ def export_checkpoint(
         card = card.replace(labels=labels)
     if exporter is not None and exporter != card.exporter:
         card = card.replace(exporter=exporter, exporter_reason="asked for")
-    return card, export_onnx(loaded.model, card, path, force=force, checkpoint_sha256=loaded.sha256)
+    return card, export_onnx(loaded.model, card, path, force=force, checkpoint_sha256=loaded.sha256, progress=progress)
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", metavar="FILE", help="class names, one per line, in the model's order")
     parser.add_argument("--exporter", choices=("torchscript", "dynamo"), help="default: the card's choice")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+    parser.add_argument("--quiet", action="store_true", help="no progress, which only a terminal gets")
     return parser
 
 
@@ -60,6 +61,7 @@ def _export(arguments: argparse.Namespace) -> str:
         labels_file=arguments.labels,
         exporter=arguments.exporter,
         force=arguments.force,
+        progress=sys.stderr.isatty() and not arguments.quiet,
     )
     shortest, longest = (f"{length / card.sample_rate:.3g} s" for length in (done.lengths[0], done.lengths[-1]))
     return (
@@ -74,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Export as the arguments say; return the exit code."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("train_torch").setLevel(logging.INFO)
+    for name in ("train_torch", "export"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         print(_export(arguments))
     except AudioClassifierError as error:

@@ -16,6 +16,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from models_zoo.cards import ModelCard, ModelInput, ModelOutput
 from models_zoo.errors import ExportError, VerificationError
@@ -65,6 +66,7 @@ def verify_onnx(
     *,
     lengths: Sequence[int] | None = None,
     batches: Sequence[int] | None = None,
+    progress: bool = False,
 ) -> Verification:
     """Return the comparison of an ONNX file with the model it was exported from.
 
@@ -77,6 +79,7 @@ def verify_onnx(
         card: of the model.
         lengths: clip lengths in samples; None for a spread from the legal minimum to 30 s.
         batches: every length is compared at every one of these batch sizes; None for 1 and one of 2, 3, 5 in turn.
+        progress: show a bar on stderr.
 
     Raises:
         VerificationError: external data, another interface than the card's, other shapes, or values too far apart.
@@ -94,7 +97,8 @@ def verify_onnx(
 
     worst, worst_case = 0.0, ""
     done: list[tuple[int, int]] = []
-    for num_samples, batch in _cases(card, lengths, batches):
+    cases = list(_cases(card, lengths, batches))
+    for num_samples, batch in tqdm(cases, desc="verifying", unit="case", disable=not progress):
         inputs = example_inputs(card, num_samples, batch)
         with torch.no_grad():
             expected = reference(**inputs)

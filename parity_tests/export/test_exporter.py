@@ -95,6 +95,28 @@ def test_the_graph_answers_like_the_model(tmp_path, name, options):
         np.testing.assert_allclose(many[3:4], one, rtol=1e-4, atol=1e-4)
 
 
+def test_progress_is_shown_when_asked_for(example, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", logger="export")
+    export_onnx(*example, tmp_path / "quiet.onnx")
+    assert (capsys.readouterr().err, caplog.text) == ("", "")
+    done = export_onnx(*example, tmp_path / "shown.onnx", progress=True)
+    assert "exporting" in caplog.text
+    assert f"{done.cases}/{done.cases}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mn01", "dymn"])
+def test_a_clip_costs_no_answer_in_any_batch(tmp_path, name):
+    """The graph of a whole batch gives each clip what it gives the clip alone."""
+    model = lively(name, num_classes=3, **({"width": 0.1} if name == "dymn" else {}))
+    export_onnx(model, card_of(model, name), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    features = np.random.default_rng(0).standard_normal((5, 128, 63)).astype(np.float32)
+    together = session.run(["logits"], {"features": features})[0]
+    alone = [session.run(["logits"], {"features": features[i : i + 1]})[0][0] for i in range(5)]
+    assert np.abs(together - alone).max() <= LOGITS
+    assert np.abs(together[0] - together[1]).max() > LOGITS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"head": "multihead_attention_pooling", "se_dims": "cf", "se_agg": "min"}])
 def test_dynamo_exports_the_family_too(tmp_path, options):

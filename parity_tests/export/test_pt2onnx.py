@@ -163,7 +163,7 @@ def test_bad_usage_is_exit_code_2(capsys, checkpoint):
 
 
 def test_a_failed_verification_is_exit_code_1(capsys, checkpoint, tmp_path, monkeypatch):
-    def fail(*_arguments):
+    def fail(*_arguments, **_options):
         raise VerificationError("departs\nby far")
 
     monkeypatch.setattr(exporter, "verify_onnx", fail)
