@@ -75,6 +75,7 @@ class Classifier(lightning.LightningModule):
         self.frozen = freeze(self.model, recipe.freeze)
         beta = recipe.loss.class_balanced
         weights = None if beta is None else balancing_weights(class_counts or {}, beta)
+        self._class_weights: Tensor | None
         self.register_buffer("_class_weights", weights, persistent=False)
         self._scored: list[tuple[Batch, Tensor]] = []
 
@@ -104,9 +105,14 @@ class Classifier(lightning.LightningModule):
         if settings.mixup_alpha:
             mixup = draw_mixing(size, rng, alpha=settings.mixup_alpha, probability=1.0, device=self.device)
             targets, known = mix_labels(mixup, targets, known)
+        logits, embedding = self.outputs(waveform, mixup)
+        task, share = self.recipe.task, self.recipe.loss.supcon
         loss = clip_loss(
-            self.outputs(waveform, mixup)[0], targets, self.recipe.task, label_smoothing=smoothing, known=known
+            logits, targets, task, label_smoothing=smoothing, class_weights=self._class_weights, known=known
         )
+        if share:
+            contrast = supcon_loss(embedding, targets, task, temperature=self.recipe.loss.supcon_temperature)
+            loss = (1 - share) * loss + share * contrast
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
 
