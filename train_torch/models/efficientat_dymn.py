@@ -33,7 +33,7 @@ from train_torch.models.mobilenet import (
     mlp_head,
 )
 
-__all__ = ["DyMN", "DyMNOptions"]
+__all__ = ["DyMN", "DyMNOptions", "DynamicBlock", "DynamicConv", "DynamicReLU"]
 
 
 class DyMNOptions(Declaration):
@@ -131,6 +131,7 @@ class DynamicConv(nn.Module):
         self.residuals = nn.Sequential(nn.Linear(context, options.num_kernels))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return the convolution of ``x`` ``(batch, in, mel, time)`` with each clip's own kernel."""
         shares = (self.residuals(context) / self.temperature).softmax(-1)  # (batch, K)
         if not self.depthwise:
             return self.pointwise(x, shares)
@@ -178,6 +179,7 @@ class DynamicReLU(nn.Module):
         self.coef_net = nn.Sequential(nn.Linear(context, 2 * num_pieces * channels))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return the activation of ``x`` ``(batch, channels, mel, time)``, with each clip's own coefficients."""
         theta = 2 * torch.sigmoid(self.coef_net(context)) - 1
         coefficients = theta.reshape(-1, self.channels, 1, 1, 2 * self.num_pieces) * self.lambdas + self.init_v
         slopes, offsets = coefficients[..., : self.num_pieces], coefficients[..., self.num_pieces :]
@@ -247,6 +249,7 @@ class DynamicBlock(nn.Module):
         self.context_gen = _Context(row, context, mels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's map ``(batch, out, mel / stride, time / stride)`` of ``(batch, in, mel, time)``."""
         context, sequence = self.context_gen(x)
         y = self.exp_act(self.exp_norm(self.exp_conv(x, context))) if self.expands else x
         y = self.depth_act(self.depth_norm(self.depth_conv(y, context)), context)

@@ -62,6 +62,7 @@ class Block(NamedTuple):
 
     @property
     def activation(self) -> type[nn.Module]:
+        """The row's own activation."""
         return nn.Hardswish if self.hard else nn.ReLU
 
 
@@ -144,6 +145,7 @@ class InvertedResidual(nn.Module):
         self.block = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's map ``(batch, out, mel / stride, time / stride)`` of ``(batch, in, mel, time)``."""
         return x + self.block(x) if self.bypass else self.block(x)
 
 
