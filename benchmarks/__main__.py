@@ -39,9 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     show(measure.measure_frontends(arguments.seconds))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        onnx = folder / "mn10.onnx"
-        model = measure.write_mn10(onnx)
+        networks = {}
+        for name in ("mn10_as", "dymn10_as", "dymn20_as"):
+            print(f"\nexporting {name}", flush=True)
+            networks[name] = measure.write_network(name, folder / f"{name}.onnx"), folder / f"{name}.onnx"
+        model, onnx = networks["mn10_as"]
         show(measure.measure_prediction(model, onnx, 2 * arguments.seconds))
+        show(measure.measure_networks(networks, 2 * arguments.seconds))
+        show(measure.measure_recordings("dymn20_as", *networks["dymn20_as"], folder, arguments.seconds))
         show(measure.measure_stages(onnx, folder, arguments.seconds))
         show(measure.measure_cold_start(onnx, repeats=3))
 

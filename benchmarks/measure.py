@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import onnxruntime
 import soundfile
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.published import PUBLISHED
 from benchmarks.timing import interleaved
@@ -22,13 +24,26 @@ from infer_tf import OnnxSession, TFAudioClassifier, TFFrontend
 from models_zoo.audio import load_audio
 from models_zoo.presets import get_frontend
 from models_zoo.registry import get_card
-from train_torch.models import create_model
+from train_torch.models import create_from_card
 
-__all__ = ["Report", "measure_cold_start", "measure_frontends", "measure_prediction", "measure_stages", "write_mn10"]
+__all__ = [
+    "Report",
+    "measure_cold_start",
+    "measure_frontends",
+    "measure_networks",
+    "measure_prediction",
+    "measure_recordings",
+    "measure_stages",
+    "write_network",
+]
 
 FRONTEND_BAR = 0.8
 END_TO_END_BAR = 3.0
 OVERHEAD_BAR_MS = 2.0
+NETWORK_BARS = {"mn10_as": 4.0, "dymn10_as": 3.0}
+BATCH_BAR = 1.1
+RECORDING_BAR = 3.0
+RUNTIME_SHARE_BAR = 0.7
 
 # A benchmark of wrong numbers is worthless; the parity tests hold the strict limits.
 SAME_FEATURES = 2e-3
@@ -93,12 +108,122 @@ def measure_frontends(seconds: float) -> Report:
     return report
 
 
-def write_mn10(path: Path) -> torch.nn.Module:
-    """Export a seeded mn10 with 527 classes to ``path``; return the network it was made from."""
+def write_network(name: str, path: Path) -> torch.nn.Module:
+    """Export a seeded published network with 527 classes to ``path``; return the network it was made from."""
     torch.manual_seed(0)
-    model = create_model("mn10_as").eval()
-    export_onnx(model, get_card("mn10_as"), path)
+    card = get_card(name)
+    model = create_from_card(card).eval()
+    export_onnx(model, card, path)
     return model
+
+
+def _session(onnx: Path | bytes) -> onnxruntime.InferenceSession:
+    """Return a session of one thread, otherwise with onnxruntime's own settings."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(
+        onnx if isinstance(onnx, bytes) else str(onnx), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _macs_per_ms(seconds: float) -> float:
+    """Return the multiply-accumulates of onnxruntime's fastest float32 matrix product, per millisecond."""
+    size, products = 768, 4
+    weights = np.random.default_rng(0).standard_normal((products, size, size)).astype(np.float32) / size**0.5
+    nodes = [helper.make_node("MatMul", [f"x{i}", f"w{i}"], [f"x{i + 1}"]) for i in range(products)]
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [size, size])],
+        [helper.make_tensor_value_info(f"x{products}", TensorProto.FLOAT, [size, size])],
+        [numpy_helper.from_array(weight, f"w{i}") for i, weight in enumerate(weights)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = _session(model.SerializeToString())
+    times = interleaved({"product": lambda: session.run(None, {"x0": weights[0]})}, seconds=seconds)
+    return products * size**3 / times["product"]
+
+
+@torch.no_grad()
+def measure_networks(networks: Mapping[str, tuple[torch.nn.Module, Path]], seconds: float) -> Report:
+    """Time the networks alone: eager torch against the exported graph, at batch 1 and 8."""
+    rate = _macs_per_ms(seconds / 4)
+    report = Report(
+        "Networks alone",
+        ("network", "clip", "torch eager (ms)", "onnxruntime (ms)", "times faster", "batch 8, per clip", "floor (ms)"),
+        "Features to logits, 527 classes, batch 1, one thread. Bars: times faster at least "
+        f"{' and '.join(f'{bar:.0f} ({name})' for name, bar in NETWORK_BARS.items())}; a clip in a batch of 8 at most "
+        f"{BATCH_BAR} times a clip alone. Floor: the network's multiply-accumulates at the rate of onnxruntime's own "
+        f"largest matrix product in this run, {rate / 1e6:.0f} per ns; no float32 graph of it can be faster.",
+    )
+    for name, (model, onnx) in networks.items():
+        session = _session(onnx)
+        macs = get_card(name).macs
+        assert macs is not None
+        for length in (2, 10):
+            features = np.random.default_rng(0).standard_normal((8, 128, 100 * length)).astype(np.float32)
+            tensor, one = torch.from_numpy(features[:1]), features[:1]
+            times = interleaved(
+                {
+                    "torch": lambda tensor=tensor, model=model: model(features=tensor),
+                    "one": lambda one=one, session=session: session.run(None, {"features": one}),
+                    "eight": lambda features=features, session=session: session.run(None, {"features": features}),
+                },
+                seconds=seconds,
+            )
+            faster, batched = times["torch"] / times["one"], times["eight"] / 8 / times["one"]
+            floor = macs * length / 10 / rate
+            figures = (times["torch"], times["one"], faster, batched, floor)
+            report.rows.append((name, f"{length} s", *(f"{figure:.2f}" for figure in figures)))
+            if name in NETWORK_BARS:
+                bar = NETWORK_BARS[name]
+                report.require(faster >= bar, f"{name} at {length} s {faster:.2f} times faster, less than {bar:.0f}")
+            report.require(
+                batched <= BATCH_BAR,
+                f"{name} at {length} s takes {batched:.2f} per clip in a batch of 8, not {BATCH_BAR}",
+            )
+    return report
+
+
+@torch.no_grad()
+def measure_recordings(name: str, model: torch.nn.Module, onnx: Path, folder: Path, seconds: float) -> Report:
+    """Time 2 s recordings from the file to the probabilities: eager torch, ours, and onnxruntime alone."""
+    report = Report(
+        f"From a 2 s recording to probabilities, {name}",
+        ("what", "clips per second"),
+        "A 16-bit WAV file at 32 kHz, batch 1, one thread, read with soundfile by both. Torch: the published "
+        f"front end and the eager network. Bars: ours at least {RECORDING_BAR:.0f} times torch, and at least "
+        f"{RUNTIME_SHARE_BAR} of onnxruntime alone on features at hand.",
+    )
+    recording = folder / "two_seconds.wav"
+    soundfile.write(recording, _clip(2.0, 32000)[0], 32000, subtype="PCM_16")
+    theirs, session = PUBLISHED["efficientat"]().eval(), _session(onnx)
+
+    def eager() -> NDArray[np.float32]:
+        waveform = torch.from_numpy(soundfile.read(recording, dtype="float32")[0])[None]
+        return torch.sigmoid(model(features=theirs(waveform))["logits"]).numpy()
+
+    with TFAudioClassifier(onnx, threads=1) as classifier:
+        features = classifier.frontend.features(load_audio(recording, get_frontend("efficientat"))[None])
+        difference = float(np.abs(eager()[0] - classifier.predict(recording).probabilities).max())
+        times = interleaved(
+            {
+                "torch": eager,
+                "ours": lambda: classifier.predict(recording),
+                "onnxruntime": lambda: session.run(None, {"features": features}),
+            },
+            seconds=seconds,
+        )
+    faster, share = times["torch"] / times["ours"], times["onnxruntime"] / times["ours"]
+    report.rows = [
+        ("torch eager", f"{1e3 / times['torch']:.1f}"),
+        ("crossfade", f"{1e3 / times['ours']:.1f} ({faster:.2f} times torch, {share:.2f} of onnxruntime)"),
+        ("onnxruntime alone", f"{1e3 / times['onnxruntime']:.1f}"),
+    ]
+    report.require(difference <= SAME_PROBABILITIES, f"probabilities differ by {difference:.1e}")
+    report.require(faster >= RECORDING_BAR, f"{faster:.2f} times torch, less than {RECORDING_BAR:.0f}")
+    report.require(share >= RUNTIME_SHARE_BAR, f"{share:.2f} of onnxruntime alone, less than {RUNTIME_SHARE_BAR}")
+    return report
 
 
 @torch.no_grad()
@@ -120,9 +245,7 @@ def measure_prediction(model: torch.nn.Module, onnx: Path, seconds: float) -> Re
         f"onnxruntime) at most {OVERHEAD_BAR_MS:.0f} ms.",
     )
     theirs = PUBLISHED["efficientat"]().eval()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    alone = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+    alone = _session(onnx)
     with TFAudioClassifier(onnx, threads=1) as classifier:
         for length in (2.0, 10.0):
             waveform = _clip(length, 32000)
