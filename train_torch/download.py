@@ -169,8 +169,8 @@ def _explained(error: requests.RequestException, source: CheckpointSource, path:
             code="truncated",
         )
     return DownloadError(
-        f"cannot reach {source.url} ({type(error).__name__}); without a network, copy the file from a machine that "
-        f"has one, {by_hand}",
+        f"cannot reach {source.url} ({type(error).__name__}); without a network here, put {path.name} into "
+        f"{path.parent} yourself, or say --checkpoints DIR where it lies already",
         code="unreachable",
     )
 
