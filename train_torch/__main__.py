@@ -1,4 +1,4 @@
-"""The training command: ``python -m train_torch fit | evaluate | soundscapes | recipes``.
+"""The training command: ``python -m train_torch fit | evaluate | teach | compare | soundscapes | recipes``.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 fine, 2 bad data, options or environment (one line).
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from models_zoo.errors import AudioClassifierError, SpecError
-from train_torch.recipes import Recipe, get_recipe, list_recipes
+from train_torch.recipes import DistillationRecipe, Recipe, get_recipe, list_recipes
 
 __all__ = ["main"]
 
@@ -63,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     start.add_argument("--card", metavar="NAME", help="card of a file that holds none; alone, the same as --init NAME")
     _add_checkpoints(start)
+    start.add_argument(
+        "--teacher",
+        metavar="CHECKPOINT",
+        nargs="+",
+        default=[],
+        help="distil from these: the mean of their logits on every batch (distillation.weight 0.9 where the recipe "
+        "says nothing)",
+    )
+    start.add_argument("--teacher-logits", metavar="FILE", help="distil from stored logits, see: teach")
     start.add_argument("--resume", action="store_true", help="go on with the run in --out after its last full epoch")
     start.add_argument("--force", action="store_true", help="replace the run in --out")
     _add_split_options(fit, ("file", "speaker", "fold"))
@@ -81,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(run=_fit)
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint on labelled recordings")
-    evaluate.add_argument("checkpoint", help="a .safetensors file, a published .pt, or a published model's name")
+    evaluate.add_argument(
+        "checkpoint",
+        nargs="+",
+        help="a .safetensors file, a published .pt, or a published model's name; of several, the mean of their logits",
+    )
     evaluate.add_argument("--data", required=True, help="folder with the recordings, or its table")
     evaluate.add_argument("--card", metavar="NAME", help="card of a file that holds none")
     _add_checkpoints(evaluate)
@@ -92,6 +105,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--threads", type=int, help="CPU threads of torch")
     evaluate.add_argument("--quiet", action="store_true", help="no progress bar")
     evaluate.set_defaults(run=_evaluate)
+
+    teach = commands.add_parser("teach", help="store what one or more checkpoints answer, to distil from")
+    teach.add_argument("checkpoint", nargs="+", help="as for evaluate; of several, the mean of their logits")
+    teach.add_argument("--data", required=True, help="folder with the recordings, or its table")
+    teach.add_argument("-o", "--out", required=True, help=".npz to write: files, logits, labels")
+    teach.add_argument("--card", metavar="NAME", help="card of files that hold none")
+    _add_checkpoints(teach)
+    teach.add_argument("--split", help="train, validation or test (default: every clip)")
+    _add_device(teach)
+    teach.add_argument("--threads", type=int, help="CPU threads of torch")
+    teach.add_argument("--quiet", action="store_true", help="no progress bar")
+    teach.add_argument("--force", action="store_true", help="replace the file")
+    teach.set_defaults(run=_teach)
 
     scenes = commands.add_parser("soundscapes", help="make the built-in labelled sounds")
     scenes.add_argument("--out", required=True, help="folder to write")
@@ -169,6 +195,8 @@ def _fit(options: argparse.Namespace) -> None:
         overrides["precision"] = _PRECISIONS[options.precision]
     recipe = get_recipe(options.recipe).replace(**{k: v for k, v in overrides.items() if v is not None})
     recipe = _with_fields(recipe, options.set)
+    if (options.teacher or options.teacher_logits) and recipe.distillation is None:
+        recipe = recipe.replace(distillation=DistillationRecipe())
 
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -190,6 +218,8 @@ def _fit(options: argparse.Namespace) -> None:
             init=options.init or options.card,
             init_card=options.card,
             checkpoints=options.checkpoints,
+            teachers=options.teacher,
+            teacher_logits=options.teacher_logits,
             device=options.device,
             devices=options.devices,
             workers=options.workers,
@@ -228,6 +258,25 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     text = json.dumps(evaluation.to_dict(), indent=2) if options.json else evaluation.table()
     sys.stdout.write(text + "\n")
+
+
+def _teach(options: argparse.Namespace) -> None:
+    from train_torch.distill import teach
+    from train_torch.evaluation import accelerator_of
+
+    _set_threads(options.threads)
+    stored = teach(
+        options.checkpoint,
+        options.data,
+        options.out,
+        card=options.card,
+        folder=options.checkpoints,
+        split=options.split,
+        device="cuda" if accelerator_of(options.device) == "gpu" else "cpu",
+        progress=not options.quiet,
+        force=options.force,
+    )
+    sys.stdout.write(f"{options.out}: {len(stored.files)} clips, {len(stored.labels)} labels\n")
 
 
 def _soundscapes(options: argparse.Namespace) -> None:

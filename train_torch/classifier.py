@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from models_zoo.cards import ModelCard
+from models_zoo.errors import DataError
 from train_torch.augment import draw_mixing, mix_labels, mix_waveforms
 from train_torch.data import Batch
+from train_torch.distill import Teacher, distillation_loss
 from train_torch.evaluation import collect
 from train_torch.frontend import MelJitter, Mixing, MixStyle, SpecMasks, TorchFrontend
 from train_torch.losses import balancing_weights, clip_loss, supcon_loss
@@ -36,9 +38,11 @@ class Classifier(lightning.LightningModule):
         recipe: how to train it.
         files: of the validation clips, in order.
         class_counts: label -> training clips, in the order of the card's labels; a class-balanced loss needs them.
+        teacher: to learn from as ``recipe.distillation`` says; no part of the state that is saved.
 
     Raises:
-        DataError: the loss is class-balanced and a class has no training clip.
+        DataError: the loss is class-balanced and a class has no training clip; or a recipe that distils has no
+            teacher, or a teacher no recipe that distils.
         SpecError: the recipe freezes what the model does not have, or schedules a temperature it does not have.
     """
 
@@ -50,6 +54,7 @@ class Classifier(lightning.LightningModule):
         files: tuple[str, ...] = (),
         *,
         class_counts: Mapping[str, int] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         assert card.frontend is not None
@@ -57,6 +62,7 @@ class Classifier(lightning.LightningModule):
         self.card = card
         self.recipe = recipe
         self.files = files
+        self.teacher = teacher
         self.model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.frontend = TorchFrontend(
             card.frontend,
@@ -71,6 +77,13 @@ class Classifier(lightning.LightningModule):
             for module in self.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.momentum = recipe.bn_momentum
+        if (teacher is None) != (recipe.distillation is None):
+            raise DataError(
+                "the recipe distils, but no teacher was given; give checkpoints (--teacher) or stored logits "
+                "(--teacher-logits)"
+                if teacher is None
+                else "a teacher was given, but the recipe does not say how to learn from it; set distillation"
+            )
         check_temperature(self.model, recipe)
         self.frozen = freeze(self.model, recipe.freeze)
         beta = recipe.loss.class_balanced
@@ -97,19 +110,25 @@ class Classifier(lightning.LightningModule):
         settings, smoothing = self.recipe.augmentation, self.recipe.label_smoothing
         waveform, targets, known = batch.waveform, batch.targets, batch.known
         size = len(waveform)
+        answers = None if self.teacher is None else self.teacher.answers(batch)
         if settings.mix_probability:
             mix = draw_mixing(size, rng, alpha=2.0, probability=settings.mix_probability, device=self.device)
             waveform = mix_waveforms(mix, waveform)
             targets, known = mix_labels(mix, targets, known)
+            answers = None if answers is None else answers.mixed(mix)
         mixup = None
         if settings.mixup_alpha:
             mixup = draw_mixing(size, rng, alpha=settings.mixup_alpha, probability=1.0, device=self.device)
             targets, known = mix_labels(mixup, targets, known)
+            answers = None if answers is None else answers.mixed(mixup)
         logits, embedding = self.outputs(waveform, mixup)
         task, share = self.recipe.task, self.recipe.loss.supcon
         loss = clip_loss(
             logits, targets, task, label_smoothing=smoothing, class_weights=self._class_weights, known=known
         )
+        if answers is not None and self.recipe.distillation is not None:
+            weight = self.recipe.distillation.weight
+            loss = (1 - weight) * loss + weight * distillation_loss(logits, answers, task)
         if share:
             contrast = supcon_loss(embedding, targets, task, temperature=self.recipe.loss.supcon_temperature)
             loss = (1 - share) * loss + share * contrast
@@ -141,8 +160,27 @@ class Classifier(lightning.LightningModule):
         """Set the temperature of the epoch; it follows from the epoch alone, so a resumed run has the same."""
         self._set_temperature(self.current_epoch)
 
+    def on_fit_start(self) -> None:
+        """Take the teacher along to where the model is."""
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note whose answers the state was trained on."""
+        checkpoint["teacher"] = None if self.teacher is None else self.teacher.origin
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Set the temperature of the epoch the state was saved in, which the weights do not hold."""
+        """Set the temperature of the epoch the state was saved in, which the weights do not hold.
+
+        Raises:
+            DataError: the state was trained with another teacher.
+        """
+        before, now = checkpoint.get("teacher"), None if self.teacher is None else self.teacher.origin
+        if before != now:
+            raise DataError(
+                f"cannot resume: the run was begun with {_named(before)} and is now given {_named(now)}; give the same "
+                "teachers in the same order, or --force to start afresh"
+            )
         self._set_temperature(checkpoint["epoch"])
 
     def _set_temperature(self, epoch: int) -> None:
@@ -153,3 +191,10 @@ class Classifier(lightning.LightningModule):
         """Return the recipe's optimiser and its schedule."""
         total = max(int(self.trainer.estimated_stepping_batches), 1)
         return configure(self.model, self.recipe, total)
+
+
+def _named(origin: Mapping[str, Any] | None) -> str:
+    if origin is None:
+        return "no teacher"
+    names = [f"{one['name']} ({one['sha256'][:8]})" for one in origin["teachers"]]
+    return f"{origin['kind']} {', '.join(names) or 'of unknown origin'}"

@@ -17,10 +17,9 @@ from models_zoo.cards import ModelCard
 from models_zoo.dataset import Group, read_dataset
 from models_zoo.decoding import probabilities_of
 from models_zoo.errors import CheckpointError, DataError, DeviceError
-from train_torch.checkpoint import load_checkpoint
 from train_torch.data import Batch, ClipData, evaluation_loader
-from train_torch.frontend import TorchFrontend
 from train_torch.losses import clip_loss
+from train_torch.models.ensemble import Ensemble, load_ensemble
 from train_torch.recipes import Recipe
 
 __all__ = ["Device", "Evaluation", "accelerator_of", "collect", "evaluate", "score_clips"]
@@ -166,18 +165,15 @@ def collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tupl
 
 def score_clips(model: nn.Module, card: ModelCard, data: ClipData, *, device: torch.device | str = "cpu") -> Evaluation:
     """Return the evaluation of every clip of ``data`` at its own length, front end and model in evaluation mode."""
-    assert card.frontend is not None
+    return _score(Ensemble([(model, card)]), data, device)
+
+
+def _score(ensemble: Ensemble, data: ClipData, device: torch.device | str) -> Evaluation:
     files = tuple(data.dataset.name_of(record) for record in data.dataset.records)
-    frontend = TorchFrontend(card.frontend).eval().to(device)
-    model = model.to(memory_format=torch.channels_last).eval().to(device)  # type: ignore[call-overload]
-    output = card.clip_output()
-    assert output is not None
-    scored: list[tuple[Batch, Tensor]] = []
+    ensemble = ensemble.to(device)
     with torch.inference_mode():
-        for batch in evaluation_loader(data):
-            features = frontend(batch.waveform.to(device))
-            scored.append((batch, model(**{card.inputs[0].name: features})[output.name]))
-    return collect(scored, card, files)
+        scored = [(batch, ensemble(batch.waveform.to(device))["logits"]) for batch in evaluation_loader(data)]
+    return collect(scored, ensemble.card, files)
 
 
 def accelerator_of(device: Device) -> str:
@@ -194,7 +190,7 @@ def accelerator_of(device: Device) -> str:
 
 
 def evaluate(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Sequence[str | Path],
     data: str | Path,
     *,
     card: str | None = None,
@@ -208,7 +204,8 @@ def evaluate(
     """Return the evaluation of a checkpoint on labelled recordings, each clip at its own length.
 
     Args:
-        checkpoint: ``.safetensors``, a published file, or the name of a published model.
+        checkpoint: ``.safetensors``, a published file, or the name of a published model; of several, the mean of
+            their logits is evaluated.
         data: folder or table.
         card: name of the card where the file holds none.
         checkpoints: folder with published checkpoints, see :func:`train_torch.download.checkpoint_folder`.
@@ -221,18 +218,18 @@ def evaluate(
         AudioClassifierError: bad data, checkpoint or device.
     """
     target = "cuda" if accelerator_of(device) == "gpu" else "cpu"
-    loaded = load_checkpoint(checkpoint, card, checkpoints=checkpoints)
-    if loaded.card.labels is None or loaded.card.task not in ("single_label", "multi_label"):
-        raise CheckpointError(f"{checkpoint}: task {loaded.card.task!r} without clip labels cannot be evaluated")
+    paths = [checkpoint] if isinstance(checkpoint, (str, Path)) else list(checkpoint)
+    ensemble = load_ensemble(paths, card, checkpoints=checkpoints)[0]
+    model = ensemble.card
+    if model.labels is None or model.task not in ("single_label", "multi_label"):
+        raise CheckpointError(f"{paths[0]}: task {model.task!r} without clip labels cannot be evaluated")
     dataset = read_dataset(data).by_file()
     if hold_out and split_by is None:
         raise DataError(f"holding out {', '.join(hold_out)} needs to know of what: split by 'speaker' or 'fold'")
     if hold_out and split_by is not None:
         dataset = dataset.split_by_group(split_by, held_out=hold_out).select("test")
-    dataset = dataset.select(split).with_labels(loaded.card.labels)
-    if loaded.card.task == "single_label" and dataset.is_multi_label:
-        raise DataError(f"{data}: some clips have several labels; model {loaded.card.name!r} answers with one")
-    recipe = Recipe(task=cast(Literal["single_label", "multi_label"], loaded.card.task))
-    return score_clips(
-        loaded.model, loaded.card, ClipData(dataset, loaded.card, recipe, progress=progress), device=target
-    )
+    dataset = dataset.select(split).with_labels(model.labels)
+    if model.task == "single_label" and dataset.is_multi_label:
+        raise DataError(f"{data}: some clips have several labels; model {model.name!r} answers with one")
+    recipe = Recipe(task=cast(Literal["single_label", "multi_label"], model.task))
+    return _score(ensemble, ClipData(dataset, model, recipe, progress=progress), target)

@@ -20,7 +20,7 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -42,6 +42,7 @@ from models_zoo.presets import get_frontend
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
 from train_torch.classifier import Classifier, selected_by
 from train_torch.data import ClipData, ClipDataModule, count_table, split_dataset
+from train_torch.distill import LiveTeacher, StoredTeacher, Teacher, read_logits
 from train_torch.evaluation import Device, accelerator_of, score_clips
 from train_torch.models import create_model, new_card
 from train_torch.optim import check_temperature, freeze
@@ -177,6 +178,8 @@ def fit(
     init: str | Path | None = None,
     init_card: str | None = None,
     checkpoints: str | Path | None = None,
+    teachers: Sequence[str | Path] = (),
+    teacher_logits: str | Path | None = None,
     device: Device = "auto",
     devices: int = 1,
     workers: int = 0,
@@ -199,6 +202,9 @@ def fit(
             stand, the recipe's are not used.
         init_card: name of its card where the file holds none.
         checkpoints: folder with published checkpoints, see :func:`train_torch.download.checkpoint_folder`.
+        teachers: checkpoints to distil from, live: the mean of their logits on every batch; needs
+            ``recipe.distillation``, as ``teacher_logits`` does.
+        teacher_logits: in place of teachers, their stored answers, see :func:`train_torch.distill.teach`.
         device, devices: where to train, and how many of them.
         workers, cache_gib: see :class:`train_torch.data.ClipDataModule`.
         test: score the test split, if there is one, once at the end.
@@ -256,6 +262,7 @@ def fit(
     model, card = _start(recipe, dataset, name or _name_of(folder), init, init_card, checkpoints)
     check_temperature(model, recipe)
     frozen = freeze(model, recipe.freeze)
+    teacher = _teacher(recipe, dataset, card, teachers, teacher_logits, checkpoints)
     card = card.replace(
         license=recipe.license,
         training_data=recipe.training_data,
@@ -270,6 +277,7 @@ def fit(
             "clips": {
                 split: sum(r.split == split for r in dataset.records) for split in ("train", "validation", "test")
             },
+            "distilled_from": None if teacher is None else teacher.origin,
             "training_clips": dataset.select("train").class_counts(),
             "versions": {
                 "python": platform.python_version(),
@@ -290,6 +298,7 @@ def fit(
         recipe,
         tuple(validation.name_of(record) for record in validation.records),
         class_counts=dataset.select("train").class_counts(),
+        teacher=teacher,
     )
     run = _RunFolder(folder)
     callbacks: list[Callback] = [_Progress()] if progress and chief else []
@@ -424,6 +433,31 @@ def _start(
         provenance={"initialised_from": origin},
     )
     return loaded.model, card
+
+
+def _teacher(
+    recipe: Recipe,
+    dataset: Dataset,
+    card: ModelCard,
+    teachers: Sequence[str | Path],
+    teacher_logits: str | Path | None,
+    checkpoints: str | Path | None,
+) -> Teacher | None:
+    """Return whom the recipe distils from, or None."""
+    if teachers and teacher_logits is not None:
+        raise DataError("got live teachers and stored logits; give one of them (--teacher or --teacher-logits)")
+    if teachers:
+        live = LiveTeacher(teachers, card, folder=checkpoints)
+        _log.info("teachers: %s", ", ".join(one["name"] for one in live.origin["teachers"]))
+        return live
+    if teacher_logits is None:
+        return None
+    missing = "error" if recipe.distillation is None else recipe.distillation.missing
+    train = dataset.select("train")
+    stored = StoredTeacher(read_logits(teacher_logits), train, recipe.task, missing=missing)
+    if stored.missing:
+        _log.info("%d of %d training clips have no teacher logits: labels alone", stored.missing, len(train))
+    return stored
 
 
 def _finish(

@@ -1,0 +1,130 @@
+"""Several models as one: the mean of their logits, each behind its own front end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models_zoo.cards import ModelCard
+from models_zoo.errors import CardError
+from train_torch.checkpoint import load_checkpoint
+from train_torch.frontend import TorchFrontend
+
+__all__ = ["Ensemble", "load_ensemble"]
+
+# What members may not differ in: how a clip is read and cut, and what an answer means.
+_SHARED = ("task", "labels", "length_policy")
+
+
+class Ensemble(nn.Module):
+    """Waveforms -> the mean of the members' logits; one member is a model behind its front end.
+
+    Members may differ in architecture and front end, but read a clip alike and answer for the same labels in the same
+    order. Nothing here is for training: members stay in evaluation mode, and no gradient reaches them.
+
+    Args:
+        members: models with the cards that describe them.
+
+    Attributes:
+        cards: of the members, in order.
+        card: of the first; says how clips are read, cut and labelled for all.
+
+    Raises:
+        CardError: no member, one without front end or logits, or members that do not go together; named in ``field``.
+    """
+
+    def __init__(self, members: Sequence[tuple[nn.Module, ModelCard]]) -> None:
+        super().__init__()
+        if not members:
+            raise CardError("an ensemble needs at least one model; give one or more checkpoints")
+        self.cards = tuple(card for _, card in members)
+        self.card = self.cards[0]
+        self.frontends = nn.ModuleList(_frontend(card) for card in self.cards)
+        self.models = nn.ModuleList(model.to(memory_format=torch.channels_last) for model, _ in members)  # type: ignore[call-overload]
+        if len(members) > 1:
+            self.require_logits()
+        for card in self.cards[1:]:
+            _check_pair(self.card, card)
+        self.eval()
+
+    def require_logits(self) -> None:
+        """Refuse members that answer with anything but logits; a single one may, where no mean is taken.
+
+        Raises:
+            CardError: one does.
+        """
+        for card in self.cards:
+            output = card.clip_output()
+            if output is None or output.kind != "logit":
+                kind = None if output is None else output.kind
+                raise CardError(f"{card.name!r} answers with {kind}; expected logits", field="outputs")
+
+    def train(self, mode: bool = True) -> Ensemble:
+        """Stay in evaluation mode, whatever is asked: the statistics of a trained model are not to move."""
+        return super().train(False)
+
+    @property
+    def min_samples(self) -> int:
+        """Fewest samples that every member takes as they are."""
+        return max(card.min_samples for card in self.cards)
+
+    def forward(self, waveform: Tensor) -> dict[str, Tensor]:
+        """Return ``logits`` ``(batch, num_classes)`` of ``(batch, num_samples)`` waveforms, without gradients.
+
+        What a single member answers is returned under this name as it is, whatever its card calls it.
+        """
+        answers = []
+        with torch.no_grad():
+            for card, frontend, model in zip(self.cards, self.frontends, self.models, strict=True):
+                output = card.clip_output()
+                assert output is not None
+                answers.append(model(**{card.inputs[0].name: frontend(waveform)})[output.name].float())
+        return {"logits": torch.stack(answers).mean(dim=0)}
+
+
+def load_ensemble(
+    paths: Sequence[str | Path], card: str | None = None, *, checkpoints: str | Path | None = None
+) -> tuple[Ensemble, list[dict[str, str]]]:
+    """Return the ensemble of one or more checkpoints, and name and sha256 of each.
+
+    Args:
+        paths: files, or names of published models.
+        card: name of the card of files that hold none.
+        checkpoints: folder with published checkpoints, see :func:`train_torch.download.checkpoint_folder`.
+
+    Raises:
+        CheckpointError, CardError, UnknownNameError: see :func:`load_checkpoint` and :class:`Ensemble`.
+    """
+    loaded = [load_checkpoint(path, card, checkpoints=checkpoints) for path in paths]
+    ensemble = Ensemble([(one.model, one.card) for one in loaded])
+    return ensemble, [{"name": one.card.name, "sha256": one.sha256} for one in loaded]
+
+
+def _frontend(card: ModelCard) -> TorchFrontend:
+    if card.frontend is None:
+        raise CardError(f"{card.name!r} has no front end, so it cannot take waveforms", field="frontend")
+    if card.clip_output() is None:
+        raise CardError(f"{card.name!r} has no clip scores to take the mean of", field="outputs")
+    return TorchFrontend(card.frontend)
+
+
+def _check_pair(first: ModelCard, other: ModelCard) -> None:
+    assert first.frontend is not None
+    assert other.frontend is not None
+    pairs = {field: (getattr(first, field), getattr(other, field)) for field in _SHARED}
+    pairs["frontend.sample_rate"] = (first.frontend.sample_rate, other.frontend.sample_rate)
+    for field, (expected, got) in pairs.items():
+        if got != expected:
+            raise CardError(
+                f"{field}: {other.name!r} has {_short(got)}, {first.name!r} has {_short(expected)}; members of an "
+                "ensemble share it",
+                field=field,
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
