@@ -11,10 +11,10 @@ from torch import nn
 
 from models_zoo.errors import CardError, SpecError
 from models_zoo.registry import get_card
-from parity_tests.networks import card_of, contract_entry, contract_features, contract_state, lively, noise_features
+from parity_tests.networks import card_of, contract_entry, contract_state, lively, noise_features
 from parity_tests.tolerances import FORMULATIONS
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
-from train_torch.models import check_card, create_from_card, create_model
+from train_torch.models import check_card, clip_form, create_from_card, create_model
 from train_torch.models.efficientat_dymn import DyMNOptions, DynamicConv, DynamicReLU
 
 FEATURES = noise_features(3, 101)
@@ -356,34 +356,56 @@ def test_options_travel_as_json():
     assert type(card).from_json(card.to_json()) == card
 
 
-# One network, two formulations: kernels mixed before the convolution, and convolutions mixed after it.
+# One network, two forms: any batch, for training; one clip, for export.
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("batch", "kernel"), [(1, 3), (3, 5)])
-def test_both_depthwise_formulations_agree(batch, kernel, stride):
-    torch.manual_seed(0)
-    convolution = DynamicConv(8, 8, 6, DyMNOptions(), kernel=kernel, stride=stride)
-    x, shares = torch.randn(batch, 8, 9, 14), torch.rand(batch, 4).softmax(1)
+def answers_of_both(model, frames, n_mels):
+    features = noise_features(1, frames, n_mels)
     with torch.no_grad():
-        mixed = convolution.depthwise_mixed(x, shares)
-        by_kernel = convolution.depthwise_by_kernel(x, shares)
-    assert mixed.shape == (batch, 8, -(-9 // stride), -(-14 // stride))
-    torch.testing.assert_close(mixed, by_kernel, rtol=0, atol=FORMULATIONS)
+        whole, clip = model(features=features), clip_form(model)(features)
+    assert {name: value.shape for name, value in whole.items()} == {name: value.shape for name, value in clip.items()}
+    return [(whole[name], clip[name]) for name in whole]
+
+
+@pytest.mark.parametrize("frames", [2, 3, 101])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dy_blocks": "replace_se"},
+        {"dynamic_conv": False},
+        {"dynamic_relu": False},
+        {"coordinate_attention": False},
+        {"dynamic_conv": False, "dynamic_relu": False, "coordinate_attention": False},
+        {"num_kernels": 1},
+        {"num_kernels": 3, "num_pieces": 3, "temperature": 7.0},
+        {"n_mels": 40, "strides": (1, 2, 1, 2)},
+        {"num_classes": 0},
+    ],
+    ids=lambda options: "-".join(map(str, options)) or "published",
+)
+def test_the_clip_form_gives_the_same_answers(options, frames):
+    model = lively("dymn", **{"width": 0.1, "num_classes": 5, "temperature": 1.0, **options})
+    for whole, clip in answers_of_both(model, frames, options.get("n_mels", 128)):
+        assert (clip - whole).abs().max() / max(1, whole.std(correction=0)) <= FORMULATIONS
 
 
 @pytest.mark.contracts
 @pytest.mark.parametrize("variant", ["dymn04_as", "dymn10_as", "dymn20_as", "dymn04_replace_se_as"])
-def test_the_exported_formulation_gives_the_same_answers(contracts, monkeypatch, variant):
+def test_the_clip_form_gives_the_published_answers(contracts, variant):
     model = create_model(variant).eval()
     model.load_state_dict(contract_state(contracts, contract_entry(contracts, variant)))
-    features = contract_features(contracts, "B3F128T101")
-    with torch.no_grad():
-        eager = model(features=features)["logits"]
-        calls = []
-        by_kernel = DynamicConv.depthwise_by_kernel
-        monkeypatch.setattr(DynamicConv, "depthwise_by_kernel", lambda *args: calls.append(1) or by_kernel(*args))
-        monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-        exported = model(features=features)["logits"]
-    assert len(calls) == sum(hasattr(layer, "depth_conv") for layer in model.layers)
-    assert (exported - eager).abs().max() / max(1, eager.std()) <= FORMULATIONS
+    for whole, clip in answers_of_both(model, 101, 128):
+        assert (clip - whole).abs().max() / max(1, whole.std()) <= FORMULATIONS
+
+
+def test_the_clip_form_holds_copies():
+    model = lively("dymn", width=0.1, num_classes=5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    clip = clip_form(model)
+    clip.train()(noise_features(1, 64))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_mn_needs_no_clip_form():
+    assert clip_form(lively("mn01", num_classes=3)) is None

@@ -4,7 +4,7 @@ Source: Schmid et al., "Dynamic Convolutional Neural Networks as Efficient Pre-t
 fschmid56/EfficientAT ``models/dymn``. Parameter names and shapes are the published ones, so that published files load
 strictly. Differences: axes are averaged instead of pooled adaptively and squeezed away, so ranks never depend on the
 batch or the class count; dynamic 1x1 convolutions are matrix products; and a graph with free batch and time can be
-exported (:class:`DynamicConv`), which the published code cannot.
+exported (``efficientat_dymn_clip``), which the published code cannot.
 """
 
 from __future__ import annotations
@@ -133,12 +133,7 @@ class DynamicConv(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Return the convolution of ``x`` ``(batch, in, mel, time)`` with each clip's own kernel."""
         shares = (self.residuals(context) / self.temperature).softmax(-1)  # (batch, K)
-        if not self.depthwise:
-            return self.pointwise(x, shares)
-        # Mixed kernels side by side are batch * channels groups, a number that ONNX needs as a constant.
-        return (
-            self.depthwise_by_kernel(x, shares) if torch.onnx.is_in_onnx_export() else self.depthwise_mixed(x, shares)
-        )
+        return self.depthwise_mixed(x, shares) if self.depthwise else self.pointwise(x, shares)
 
     def pointwise(self, x: Tensor, shares: Tensor) -> Tensor:
         """Return the 1x1 convolution of ``x`` ``(batch, in, mel, time)`` as one matrix product per clip."""
@@ -152,16 +147,6 @@ class DynamicConv(nn.Module):
         side_by_side = x.reshape(1, batch * channels, mels, frames)
         y = functional.conv2d(side_by_side, kernels, None, self.stride, self.padding, 1, batch * channels)
         return y.reshape(batch, channels, *y.shape[2:])
-
-    def depthwise_by_kernel(self, x: Tensor, shares: Tensor) -> Tensor:
-        """Return the same as the mixture of K convolutions, which is equal because convolution is linear."""
-        groups = self.shape[0]
-        parts = [
-            functional.conv2d(x, self.weight[0, 0, k].reshape(self.shape), None, self.stride, self.padding, 1, groups)
-            * shares[:, k, None, None, None]
-            for k in range(self.weight.shape[2])
-        ]
-        return reduce(torch.add, parts)
 
 
 class DynamicReLU(nn.Module):

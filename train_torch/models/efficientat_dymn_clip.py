@@ -15,6 +15,7 @@ clip costs the same in any batch. What else differs from ``efficientat_dymn``, a
 
 from __future__ import annotations
 
+import copy
 from functools import reduce
 
 import torch
@@ -173,6 +174,7 @@ class DyMNClip(nn.Module):
 
     def __init__(self, model: DyMN) -> None:
         super().__init__()
+        model = copy.deepcopy(model)
         self.in_c, self.out_c, self.classifier = model.in_c, model.out_c, model.classifier
         with torch.no_grad():
             self.layers = nn.ModuleList(
