@@ -352,8 +352,8 @@ class Dataset:
         sizes = {label: round(most * share) for label, share in shares.items()}
         if ratio < 1 or not all(sizes.values()):
             raise DataError(
-                f"{self.root}: got an imbalance of {ratio:g}; expected at least 1, and at most about {2 * most:.0f}: the "
-                f"most frequent class would keep {sizes[order[0]]} recordings and the rarest {sizes[order[-1]]}"
+                f"{self.root}: got an imbalance of {ratio:g}; expected at least 1, and at most about {2 * most:.0f}: "
+                f"the most frequent class would keep {sizes[order[0]]} recordings and the rarest {sizes[order[-1]]}"
             )
         kept = set()
         for label, size in sizes.items():
