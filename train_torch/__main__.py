@@ -119,6 +119,30 @@ def _parser() -> argparse.ArgumentParser:
     teach.add_argument("--force", action="store_true", help="replace the file")
     teach.set_defaults(run=_teach)
 
+    compare = commands.add_parser(
+        "compare",
+        help="run recipes against each other over paired seeds",
+        description="Run every recipe with every seed; runs of a seed share split, thinning, order and, where the "
+        "architectures agree, initial weights. Prints the differences on the test split with their 95 % intervals. "
+        "Finished runs are not repeated.",
+    )
+    compare.add_argument("--recipes", required=True, nargs="+", help=".json files or recipe names, the baseline first")
+    compare.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 1 to N (default 5)")
+    compare.add_argument("--data", required=True, help="folder with the recordings, or its table")
+    compare.add_argument("--out", required=True, help="folder to write")
+    compare.add_argument("--metric", default="balanced_accuracy", help="of the test split (default balanced_accuracy)")
+    compare.add_argument("--init", metavar="CHECKPOINT", help="start all runs from these weights")
+    compare.add_argument(
+        "--teacher", metavar="CHECKPOINT", nargs="+", default=[], help="for recipes that distil; {seed} is filled in"
+    )
+    compare.add_argument("--teacher-logits", metavar="FILE", help="the same, stored")
+    compare.add_argument("--force", action="store_true", help="repeat everything")
+    _add_device(compare)
+    compare.add_argument("--threads", type=int, help="CPU threads of torch")
+    compare.add_argument("--cache-gib", type=float, default=4.0, help="memory for decoded clips (default 4)")
+    compare.add_argument("--quiet", action="store_true", help="no progress bar")
+    compare.set_defaults(run=_compare)
+
     scenes = commands.add_parser("soundscapes", help="make the built-in labelled sounds")
     scenes.add_argument("--out", required=True, help="folder to write")
     scenes.add_argument("--clips", type=int, default=200, help="how many (default 200)")
@@ -165,6 +189,12 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(max(threads, 1))
 
 
+def _quieten_lightning() -> None:
+    """Keep Lightning's own log out of ours; it sets its levels when it is imported."""
+    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _with_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     """Return ``recipe`` with ``field.inner=value`` applied in order; values are JSON, or text where they are not."""
     data: dict[str, Any] = recipe.to_dict()
@@ -202,9 +232,7 @@ def _fit(options: argparse.Namespace) -> None:
 
     from train_torch.train import fit
 
-    # Lightning sets its own levels when it is imported.
-    for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _quieten_lightning()
     _set_threads(options.threads)
     try:
         report = fit(
@@ -277,6 +305,34 @@ def _teach(options: argparse.Namespace) -> None:
         force=options.force,
     )
     sys.stdout.write(f"{options.out}: {len(stored.files)} clips, {len(stored.labels)} labels\n")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from train_torch.compare import compare
+
+    _quieten_lightning()
+    _set_threads(options.threads)
+    try:
+        comparison = compare(
+            options.recipes,
+            options.data,
+            options.out,
+            seeds=range(1, options.seeds + 1),
+            metric=options.metric,
+            teachers=options.teacher,
+            teacher_logits=options.teacher_logits,
+            init=options.init,
+            device=options.device,
+            cache_gib=options.cache_gib,
+            progress=not options.quiet,
+            force=options.force,
+        )
+    except (SIGTERMException, SystemExit) as error:  # SystemExit is how Lightning passes Ctrl-C on
+        sys.stderr.write("stopped; the same command (without --force) goes on where it was\n")
+        sys.exit(128 + (signal.SIGTERM if isinstance(error, SIGTERMException) else signal.SIGINT))
+    sys.stdout.write(comparison.markdown() + "\n")
 
 
 def _soundscapes(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from models_zoo.files import replacing
 
-__all__ = ["plot_confusion", "plot_learning_curves"]
+__all__ = ["plot_confusion", "plot_differences", "plot_learning_curves"]
 
 
 def plot_confusion(counts: NDArray[np.int64], labels: Sequence[str], path: str | Path, *, title: str) -> None:
@@ -74,5 +74,39 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: str | Pat
     lower.legend(loc="lower right")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
+    with replacing(path, force=True) as partial:
+        figure.savefig(partial)
+
+
+def plot_differences(
+    labels: Sequence[str],
+    values: Sequence[NDArray[np.float64]],
+    intervals: Sequence[tuple[float, float]],
+    path: str | Path,
+    *,
+    metric: str,
+) -> None:
+    """Draw paired differences as a PNG: a row per pair, a dot per seed, the mean and its interval below the dots.
+
+    Args:
+        labels: of the pairs.
+        values: of each pair ``(num_seeds,)``.
+        intervals: of each pair (lowest, highest) mean.
+        path: of the picture; replaced if it exists.
+        metric: what differs.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.2 + 0.9 * len(labels)), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0.0, color="grey", linewidth=1)
+    for row, (dots, (low, high)) in enumerate(zip(values, intervals, strict=True)):
+        axes.plot(dots, np.full(len(dots), row - 0.12), "o", color="tab:blue", alpha=0.6)
+        mean = float(dots.mean())
+        axes.errorbar(mean, row + 0.12, xerr=[[mean - low], [high - mean]], fmt="D", color="tab:red", capsize=4)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(f"difference of {metric.replace('_', ' ')} (test split): seeds, and mean with 95 % interval")
+    axes.grid(axis="x", alpha=0.3)
     with replacing(path, force=True) as partial:
         figure.savefig(partial)
