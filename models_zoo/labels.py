@@ -55,13 +55,21 @@ def label_names(name: str) -> tuple[str, ...]:
     return tuple(label.display_name for label in get_labels(name))
 
 
-def check_labels(labels: Sequence[str], wanted: Sequence[str], *, given: str, expected: str) -> None:
+def check_labels(
+    labels: Sequence[str],
+    wanted: Sequence[str],
+    *,
+    given: str,
+    expected: str,
+    advice: str = "a model's labels are fixed when it is trained: correct the file, or leave it out",
+) -> None:
     """Check that two label lists are the same, in the same order.
 
     Args:
         labels: what came.
         wanted: what was expected.
         given, expected: where the two come from, for the message.
+        advice: what to do about it.
 
     Raises:
         CardError: they are not; names the first index at which they differ.
@@ -76,7 +84,6 @@ def check_labels(labels: Sequence[str], wanted: Sequence[str], *, given: str, ex
     same = "the same names in another order" if sorted(labels) == sorted(wanted) else f"{len(labels)} labels"
     raise CardError(
         f"labels: {given} ({same}) first disagrees with {expected} ({len(wanted)} labels) at index {index} (line "
-        f"{index + 1}): {here}, not {there}; a model's labels are fixed when it is trained: correct the file, or leave "
-        "it out",
+        f"{index + 1}): {here}, not {there}; {advice}",
         field="labels",
     )
