@@ -98,6 +98,23 @@ LOGITS = 1e-4
 GOLDEN_LOGITS = 1e-4
 GOLDEN_STAGES = 1e-4
 
+# PANNs' answers on such weights, relative to the largest logit or embedding value of a case (they reach 4e5 where the
+# weights do not fit the features), absolute for probabilities and log-probabilities; and the mean, deviation, least and
+# largest value of stages, relative to the largest of the four.
+GOLDEN_PANNS = 1e-4
+GOLDEN_PANNS_STAGES = 1e-5
+
+# MAC: logits and embeddings relative to the largest of them (bar GOLDEN_LOGITS), worst 1.6e-6 (mac_max). Its
+# log-probabilities reach -50, where a float32 step is 4e-6; worst 5.3e-5 (mac_max), avg 3.8e-6.
+GOLDEN_LOG_PROBABILITIES = 1e-4
+
+# MAC from the recorded speech through our own front end: (logits, relative; log-probabilities). The spectrogram holds
+# bins 100 to 140 dB below their frame's peak, where the published float32 front end is itself up to 7e-2 units off the
+# true value, and seeded weights listen to all bins alike; largest pools pick the outliers. Worst: avg 1.1e-5 and
+# 1.0e-4, max 2.7e-4 and 8.5e-3 (torch and TensorFlow front end alike); probabilities 7.6e-6. From the published
+# features the answers are equal to the bit, and every other recorded clip keeps to the limits above.
+GOLDEN_MAC_SPEECH = {"mac_avg": (1e-4, 1e-3), "mac_max": (1e-3, 2e-2)}
+
 # DyMN in the form of one clip against DyMN for any batch, logits and embeddings by DESIGN.md's measure: norms folded
 # into the kernels round the weights, and sums come in another order. Worst: 1.9e-5 (dymn20_as and a tiny one).
 FORMULATIONS = 5e-5
@@ -112,3 +129,10 @@ MEL_RECIPE = 5e-5
 
 # Digital silence through the TF graph against the exact constant. Worst: 2.4e-7, PANNs 0.
 SILENCE = {"panns": 1e-5, "other": 1e-6}
+
+# Relative, losses against the published ones: effective numbers in float64 here, in float32 there, where 1 - beta**n
+# loses digits. Worst 4.9e-5 (a class weight).
+LOSSES = 6e-5
+
+# Absolute, analytic slopes of the float32 losses against differences over 2e-2: the third derivative and rounding. Worst 6.4e-6.
+LOSS_SLOPE = 5e-5

@@ -69,7 +69,7 @@ def balancing_weights(class_counts: Mapping[str, int], beta: float) -> Tensor:
         DataError: a class has no clip, so no weight can make up for it.
 
     Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples (CVPR 2019), as used with beta 0.9999
-    by refreshment-coffee/EfficientAT_tensorflow, which computes in float32; the difference is below 3e-5.
+    by refreshment-coffee/EfficientAT_tensorflow, which computes in float32; its weights are within 5e-5.
     """
     absent = [label for label, count in class_counts.items() if count < 1]
     if absent:
