@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from infer_tf.backend import claim_tensorflow
-from infer_tf.session import OnnxSession
+from infer_tf.members import Members
 from models_zoo.audio import AudioSource, as_waveform, load_audio, stream_audio
 from models_zoo.cards import ModelCard
 from models_zoo.decoding import check_window, class_names, decode, legal_segments
+from models_zoo.ensembles import Mean
 from models_zoo.errors import AudioDecodeError, ModelFileError, UnknownNameError, WaveformError
 from models_zoo.prediction import Prediction, average_predictions
 from models_zoo.registry import get_card, list_models, list_shipped, shipped_model
@@ -39,63 +39,65 @@ class TFAudioClassifier:
     The way of one clip: ``load_audio`` (or ``as_waveform``), the card's length policy, the TensorFlow front end,
     onnxruntime, the card's activation. Pickles as its arguments and is built anew where it is unpickled.
 
+    Several models answer as one, with the mean of their answers: models of the same labels, task and sample rate.
+    Those with the same front end share it.
+
     Args:
-        model: path of an ``.onnx`` file, or the name of a shipped model.
+        model: path of an ``.onnx`` file, or the name of a shipped model; or several in a list; or a folder, which
+            stands for the ``.onnx`` files in it, sorted by name.
         device: where the network runs, ``cpu`` or ``cuda``; the front end always runs on the CPU.
         threads: onnxruntime's threads for one clip, or None for one per core. TensorFlow's threads come from the
             environment (``TF_NUM_INTRAOP_THREADS``, ``TF_NUM_INTEROP_THREADS``).
         max_seconds: longest recording ``predict`` and ``embed`` read; ``predict_windows`` has no limit.
+        weights: of several models' answers, in order; None for equal ones.
+        mean: of several models' ``probabilities``, or of their ``logits``.
 
     Attributes:
-        card: the model's card.
+        card: the model's card; of several models, one that describes their mean.
         labels: class names in order.
         sample_rate: Hz of arrays given without a rate.
 
     Raises:
-        ModelFileError: see :class:`infer_tf.OnnxSession`; or the model takes inputs other than audio.
+        ModelFileError: see :class:`infer_tf.OnnxSession`; or the model takes inputs other than audio; or a folder
+            without models.
+        CardError: several models that cannot answer together, or impossible weights; named in ``field``.
         UnknownNameError: neither a path nor a shipped model, or an unknown device.
         DeviceError: the device is not there, or this process was forked after TensorFlow had started.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         device: str = "cpu",
         threads: int | None = None,
         *,
         max_seconds: float = 600.0,
+        weights: Sequence[float] | None = None,
+        mean: Mean = "probabilities",
     ) -> None:
-        if not isinstance(model, (str, os.PathLike)):
-            raise ModelFileError(f"got {type(model).__name__}; expected the path of an .onnx file or a model's name")
         if isinstance(max_seconds, bool) or not isinstance(max_seconds, (int, float)) or not max_seconds > 0:
             raise WaveformError(f"max_seconds: got {max_seconds!r}; expected seconds, more than 0", code="range")
-        self.path = find_model(model)
-        shipped = self.path != Path(model)
-        self._arguments = (str(model if shipped else self.path.resolve()), device, threads)
+        if mean not in ("probabilities", "logits"):
+            raise UnknownNameError("mean", mean, ("probabilities", "logits"))
+        given = _several(model)
+        self.paths = tuple(find_model(one) for one in given)
+        # A shipped model is found by its name again, wherever this is unpickled.
+        names = [str(one if path != Path(one) else path.resolve()) for one, path in zip(given, self.paths, strict=True)]
         self.max_seconds = float(max_seconds)
-        self._session = OnnxSession(self.path, device, threads)
-        self.card: ModelCard = self._session.card
-        foreign = [part.name for part in self.card.inputs if part.source not in ("frontend", "waveform")]
-        if self.card.frontend is None or foreign:
-            raise ModelFileError(
-                f"model {self.card.name!r} cannot be fed from audio alone "
-                f"({f'inputs {foreign} come from elsewhere' if foreign else 'its card has no front end'}); "
-                "use OnnxSession and feed it yourself"
-            )
+        self._arguments = (names, device, threads)
+        self._options = {"max_seconds": self.max_seconds, "weights": weights, "mean": mean}
+        self._members = Members(self.paths, device, threads, weights=weights, mean=mean)
+        self.card: ModelCard = self._members.card
+        assert self.card.frontend is not None
         self._spec = self.card.frontend
         self.sample_rate: int = self.card.sample_rate
         self._clip = self.card.clip_output()
         self._embedding = self.card.embedding_output()
-        size = self._session.outputs[self._clip.name][1][-1] if self._clip else 0
-        self.labels: tuple[str, ...] = self.card.labels or class_names(self.card, size if isinstance(size, int) else 0)
-        tensorflow = claim_tensorflow()
-        self._on_cpu: Callable[[], AbstractContextManager[Any]] = lambda: tensorflow.device("/CPU:0")
-        from infer_tf.frontend import TFFrontend
-
-        self.frontend = TFFrontend(self.card.frontend)
+        self.labels: tuple[str, ...] = self.card.labels or class_names(self.card, self._members.num_classes())
+        self.frontend = self._members.frontends[self._spec]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._arguments, self.max_seconds)
+        return _rebuild, (self._arguments, self._options)
 
     def __enter__(self) -> Self:
         return self
@@ -105,7 +107,7 @@ class TFAudioClassifier:
 
     def close(self) -> None:
         """Release the model; a later prediction raises ClosedError. Closing twice is fine."""
-        self._session.close()
+        self._members.close()
 
     def warmup(self, seconds: float | None = None) -> None:
         """Score silence once, so that the first real clip does not pay for the building of graphs.
@@ -260,7 +262,7 @@ class TFAudioClassifier:
         self, source: Source, window: float, hop: float, sample_rate: int | None, channels_first: bool
     ) -> Iterator[tuple[_Outputs, float, float]]:
         """Return the outputs for each window with its start and end in seconds; refuse bad arguments at once."""
-        self._session.check_usable()
+        self._members.check_usable()
         size, step = self._samples("window", window), self._samples("hop", hop)
         check_window(size, self.card)
         if _is_array(source):
@@ -374,19 +376,28 @@ class TFAudioClassifier:
         if len(segments) > rows:
             parts = [self._run(segments[first : first + rows]) for first in range(0, len(segments), rows)]
             return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        self._session.check_usable()
-        fed: dict[str, NDArray[Any]] = {}
-        for part in self.card.inputs:
-            if part.source == "waveform":
-                fed[part.name] = segments
-            else:
-                with self._on_cpu():
-                    fed[part.name] = self.frontend.features(segments)
-        return self._session.run(fed)
+        return self._members.run(segments)
 
 
-def _rebuild(arguments: tuple[str, str, int | None], max_seconds: float) -> TFAudioClassifier:
-    return TFAudioClassifier(*arguments, max_seconds=max_seconds)
+def _rebuild(arguments: tuple[list[str], str, int | None], options: dict[str, Any]) -> TFAudioClassifier:
+    return TFAudioClassifier(*arguments, **options)
+
+
+def _several(model: Any) -> list[str | os.PathLike[str]]:
+    """Return the models meant by one, a list of them, or a folder of them."""
+    if isinstance(model, (list, tuple)) and model and all(isinstance(one, (str, os.PathLike)) for one in model):
+        return list(model)
+    if not isinstance(model, (str, os.PathLike)):
+        raise ModelFileError(
+            f"got {type(model).__name__}; expected the path of an .onnx file, a model's name, a folder of .onnx files, "
+            "or a list of models, at least one"
+        )
+    if not os.path.isdir(model):
+        return [model]
+    found = sorted(path for path in Path(model).iterdir() if path.suffix == ".onnx")
+    if not found:
+        raise ModelFileError(f"{model} is a folder without .onnx files; expected a model, or a folder of models")
+    return list(found)
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:

@@ -389,7 +389,7 @@ def test_shipped_models_load_by_name(model_path, monkeypatch, tmp_path):
     (tmp_path / "tiny-one.onnx").write_bytes(model_path.read_bytes())
     monkeypatch.setattr(registry, "_WEIGHTS", tmp_path)
     with TFAudioClassifier("tiny-one", threads=1) as built, pickle.loads(pickle.dumps(built)) as again:
-        assert again.path == built.path
+        assert again.paths == built.paths
     with pytest.raises(UnknownNameError, match="did you mean 'tiny-one'"):
         TFAudioClassifier("tiny-won")
     with pytest.raises(ModelFileError, match=r"do not ship.*pt2onnx"):

@@ -38,10 +38,14 @@ def tiny_card(**changes: Any) -> ModelCard:
 
 
 def tiny_proto(
-    *, axes: tuple[Any, ...] = ("batch", 128, "time"), classes: int = len(LABELS), scale: float = 1.0
+    *,
+    axes: tuple[Any, ...] = ("batch", 128, "time"),
+    classes: int = len(LABELS),
+    scale: float = 1.0,
+    seed: int = 0,
 ) -> onnx.ModelProto:
     """Return the graph without a card: ``features`` -> ``logits`` ``(batch, classes)`` and ``embedding``."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     weights = {
         "project": (rng.standard_normal((128, EMBEDDING)) * 0.2).astype(np.float32),
         "classify": (rng.standard_normal((EMBEDDING, classes)) * scale).astype(np.float32),
