@@ -231,5 +231,5 @@ def evaluate(
     dataset = dataset.select(split).with_labels(model.labels)
     if model.task == "single_label" and dataset.is_multi_label:
         raise DataError(f"{data}: some clips have several labels; model {model.name!r} answers with one")
-    recipe = Recipe(task=cast(Literal["single_label", "multi_label"], model.task))
+    recipe = Recipe(task=model.task)
     return _score(ensemble, ClipData(dataset, model, recipe, progress=progress), target)
