@@ -27,6 +27,7 @@ from train_torch.costs import count_costs
 from train_torch.download import fetch_checkpoint
 from train_torch.identify import likeness
 from train_torch.models import Model, check_card, create_from_card
+from train_torch.published_frontend import without_frontend
 
 __all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -126,7 +127,9 @@ def load_checkpoint(
             "(--card on the command line, --model for an export)"
         )
     model = create_from_card(given, **({} if num_classes is None else {"num_classes": num_classes}))
-    state = _unwrapped(state, model.state_dict())
+    if getattr(model, "published_frontend", False):
+        state = without_frontend(path, state, given)
+    state = _as_base(_unwrapped(state, model.state_dict()), model)
     replaced = _load_state(path, model, state, given, replace_head=num_classes is not None)
     model.eval()
     if num_classes is not None:
@@ -256,6 +259,14 @@ def _unwrapped(state: Mapping[str, Tensor], expected: Collection[str]) -> Mappin
         state = {key.partition(".")[2]: value for key, value in state.items() if key != _AVERAGED}
         names = {key.partition(".")[0] for key in state}
     return state
+
+
+def _as_base(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """Return the entries of a bare network under the names they have in a model that holds one as its base."""
+    prefix: str = getattr(model, "base_prefix", "")
+    if any(key.startswith(prefix) for key in state):
+        return state
+    return {prefix + key: value for key, value in state.items()}
 
 
 def _md5(path: Path) -> str:

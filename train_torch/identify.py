@@ -7,6 +7,7 @@ one whose names and shapes agree best with the file wins.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin
 
@@ -65,13 +66,20 @@ def likeness(state: Mapping[str, Tensor], model: Model, card: ModelCard) -> str:
         return f"its entries are those of no architecture here; {asked}"
     classes = _num_classes(best, state)
     found = _description(best.architecture, best.model.options, named) + f", {classes or 'no'} classes"
+    twins = [name for name in names if _is_twin(name, best, state)]
+    if twins:
+        found += f" (or {', '.join(twins)}, of the same names and shapes)"
     if best.score < 1:
         return f"by its shapes the file is nearest to {found} ({best.score:.0%} of the entries agree); {asked}"
-    cards = (
-        [name for name in list_models() if _describes(name, best, named)] if best.architecture[-1].isdecimal() else []
-    )
+    cards = [name for name in list_models() if _describes(name, best, named)]
     hint = f" (cards like that: {', '.join(cards[:4])}{', ...' if len(cards) > 4 else ''})" if cards else ""
     return f"by its shapes the file is {found}{hint}; {asked}"
+
+
+def _is_twin(name: str, best: _Candidate, state: Mapping[str, Tensor]) -> bool:
+    """Return whether another kind of network, called ``name``, agrees with the file as well as the best does."""
+    other = _compared(name, {}, state)
+    return other.score >= best.score and type(other.model) is not type(best.model)
 
 
 def _describes(name: str, found: _Candidate, options: set[str]) -> bool:
@@ -103,7 +111,8 @@ def _variations(candidate: _Candidate) -> Iterator[dict[str, Any]]:
 def _compared(architecture: str, options: dict[str, Any], state: Mapping[str, Tensor]) -> _Candidate:
     model = _built(architecture, _CLASSES, *options.items())
     if not any(key.startswith(model.head_prefix) for key in state):
-        model = _built(architecture, 0, *options.items())
+        with suppress(CardError):  # some have no form without classes
+            model = _built(architecture, 0, *options.items())
     own = {key: _shape(key, tensor, model) for key, tensor in model.state_dict().items()}
     agreeing = sum(key in state and shape == _shape(key, state[key], model) for key, shape in own.items())
     return _Candidate(architecture, options, model, agreeing / len(own.keys() | state.keys()))

@@ -17,6 +17,22 @@ from train_torch.costs import count_costs
 from train_torch.models.efficientat_dymn import DyMN, DyMNOptions
 from train_torch.models.efficientat_dymn_clip import DyMNClip
 from train_torch.models.efficientat_mn import MN, MNOptions
+from train_torch.models.panns import PannsOptions
+from train_torch.models.panns_cnn import (
+    Cnn6,
+    Cnn10,
+    Cnn14,
+    Cnn14DecisionLevelAtt,
+    Cnn14DecisionLevelAvg,
+    Cnn14DecisionLevelMax,
+    Cnn14Options,
+    DecisionLevelOptions,
+    TransferCnn14,
+    TransferOptions,
+)
+from train_torch.models.panns_mobilenet import MobileNetV1, MobileNetV2
+from train_torch.models.panns_resnet import ResNet22, ResNet38, ResNet54
+from train_torch.models.panns_wavegram import WavegramCnn14, WavegramLogmelCnn14, WavegramOptions
 
 __all__ = ["Model", "check_card", "clip_form", "create_from_card", "create_model", "list_architectures", "new_card"]
 
@@ -34,6 +50,12 @@ class Model(Protocol):
         children_in_order: where they are not declared in the order they are computed in: their names in that order.
         layout: of the features it takes, in :class:`FrontendSpec` terms.
         exporter, exporter_reason: which of torch's ONNX exporters serves the family, and why.
+        min_frames: fewest frames of features it takes; 1 where it does not say.
+        length_policy: what it asks of a clip in samples, beyond its frames; nothing where it does not say.
+        published_frontend: published files of the family hold the tensors of a front end, which are compared with the
+            card's and left out; False where it does not say.
+        base_prefix: a file whose entries all lack it holds the part of the model below it; empty where it does not
+            say.
     """
 
     inputs: tuple[ModelInput, ...]
@@ -64,6 +86,21 @@ _ARCHITECTURES: dict[str, _Architecture] = {
     },
     "dymn": _Architecture(DyMN, DyMNOptions, {}),
     **{f"dymn{tenths:02d}": _Architecture(DyMN, DyMNOptions, {"width": tenths / 10}) for tenths in (4, 10, 20)},
+    "cnn14": _Architecture(Cnn14, Cnn14Options, {}),
+    **{f"cnn14_emb{size}": _Architecture(Cnn14, Cnn14Options, {"embedding": size}) for size in (32, 128, 512)},
+    "cnn14_decisionlevelmax": _Architecture(Cnn14DecisionLevelMax, DecisionLevelOptions, {}),
+    "cnn14_decisionlevelavg": _Architecture(Cnn14DecisionLevelAvg, DecisionLevelOptions, {}),
+    "cnn14_decisionlevelatt": _Architecture(Cnn14DecisionLevelAtt, DecisionLevelOptions, {}),
+    "transfer_cnn14": _Architecture(TransferCnn14, TransferOptions, {}),
+    "cnn10": _Architecture(Cnn10, PannsOptions, {}),
+    "cnn6": _Architecture(Cnn6, PannsOptions, {}),
+    "resnet22": _Architecture(ResNet22, PannsOptions, {}),
+    "resnet38": _Architecture(ResNet38, PannsOptions, {}),
+    "resnet54": _Architecture(ResNet54, PannsOptions, {}),
+    "mobilenetv1": _Architecture(MobileNetV1, PannsOptions, {}),
+    "mobilenetv2": _Architecture(MobileNetV2, PannsOptions, {}),
+    "wavegram_cnn14": _Architecture(WavegramCnn14, WavegramOptions, {}),
+    "wavegram_logmel_cnn14": _Architecture(WavegramLogmelCnn14, WavegramOptions, {}),
 }
 
 
@@ -82,9 +119,12 @@ def _resolve(name: str, options: Mapping[str, Any]) -> tuple[_Architecture, Decl
     declared = architecture.options.from_dict({**architecture.preset, **options})
     for key, value in architecture.preset.items():
         if getattr(declared, key) != value:
+            free = next(
+                other for other, each in _ARCHITECTURES.items() if each.build is architecture.build and not each.preset
+            )
             raise CardError(
-                f"{key}: got {options[key]!r}; {name!r} stands for {key} {value!r}; leave it out, or choose "
-                f"{name.rstrip('0123456789')!r} to set it freely",
+                f"{key}: got {options[key]!r}; {name!r} stands for {key} {value!r}; leave it out, or choose {free!r} "
+                "to set it freely",
                 field=key,
             )
     return architecture, declared
@@ -188,17 +228,29 @@ def new_card(
 
 
 def _length_policy(model: Model, frontend: FrontendSpec) -> LengthPolicy:
-    """Return the legal lengths: those of the front end, unless the network is tied to a number of frames."""
-    axis = frontend.layout.split(" ").index("t")
-    frames = next(part.axes[axis] for part in model.inputs if part.source == "frontend")
-    if not frames.isdecimal():
-        return LengthPolicy()
-    legal = range(frontend.min_samples, frontend.min_samples + (int(frames) + 1) * frontend.framing.hop_length)
-    first = bisect.bisect_left(legal, int(frames), key=frontend.num_frames)
-    last = bisect.bisect_right(legal, int(frames), key=frontend.num_frames) - 1
-    if last < first:
+    """Return the legal lengths: what the network asks in samples, and the clips that give the frames it takes."""
+    asked: LengthPolicy = getattr(model, "length_policy", LengthPolicy())
+    features = next((part for part in model.inputs if part.source == "frontend"), None)
+    if features is None:
+        return asked
+    axis = features.axes[frontend.layout.split(" ").index("t")]
+    least: int = getattr(model, "min_frames", 1)
+    if not axis.isdecimal() and least == 1:
+        return asked
+    frames = int(axis) if axis.isdecimal() else least
+    first, beyond = (_fewest_samples(frontend, count) for count in (frames, frames + 1))
+    if first is None or (axis.isdecimal() and first == beyond):
         raise CardError(f"frontend: no clip length gives the {frames} frames this model takes", field="frontend")
-    return LengthPolicy(min=legal[first], max=legal[last])
+    if not axis.isdecimal():
+        return asked.replace(min=max(asked.min or 1, first))
+    return asked.replace(min=first, max=None if beyond is None else beyond - 1)
+
+
+def _fewest_samples(frontend: FrontendSpec, frames: int) -> int | None:
+    """Return the length of the shortest clip that gives at least as many frames, or None where none does."""
+    legal = range(frontend.min_samples, frontend.min_samples + (frames + 1) * frontend.framing.hop_length)
+    position = bisect.bisect_left(legal, frames, key=frontend.num_frames)
+    return legal[position] if position < len(legal) else None
 
 
 def check_card(model: nn.Module, card: ModelCard) -> None:
@@ -232,7 +284,9 @@ def check_card(model: nn.Module, card: ModelCard) -> None:
     if frontend is None:
         return
     features = next((part for part in card.inputs if part.source == "frontend"), None)
-    if features is None or frontend.layout != described.layout:
+    if features is None:
+        return  # a model of waveforms: its front end says how they are read
+    if frontend.layout != described.layout:
         raise CardError(
             f"frontend.layout: card {card.name!r} has {frontend.layout!r}; the model takes {described.layout!r}",
             field="frontend.layout",
