@@ -69,18 +69,22 @@ class ModelOutput(_Part):
 
     Attributes:
         name: graph output and key of the module's result, e.g. ``logits``.
-        role: ``clip`` scores, ``frame`` scores, or an ``embedding``.
+        role: ``clip`` scores, ``frame`` scores ``(batch, frames, classes)``, or an ``embedding``.
         kind: what a score is; None for embeddings.
         axes: names of the axes; an integer in quotes is a fixed size.
+        hop: of frame scores: the front end's frames from one score to the next.
     """
 
     name: str
     role: Literal["clip", "frame", "embedding"]
     kind: Literal["logit", "log_probability", "probability"] | None = None
     axes: Axes
+    hop: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.role == "frame" and len(self.axes) != 3:
+            raise CardError(f"axes: got {self.axes}; frame scores are (batch, frames, classes)", field="axes")
         if (self.kind is None) != (self.role == "embedding"):
             raise CardError(
                 f"kind: got {self.kind!r} for role {self.role!r}; scores have a kind, embeddings have none",
@@ -262,6 +266,10 @@ class ModelCard(_Part):
     def clip_output(self) -> ModelOutput | None:
         """Return the first output that holds clip scores, or None."""
         return next((output for output in self.outputs if output.role == "clip"), None)
+
+    def frame_output(self) -> ModelOutput | None:
+        """Return the first output that holds frame scores, or None."""
+        return next((output for output in self.outputs if output.role == "frame"), None)
 
     def embedding_output(self) -> ModelOutput | None:
         """Return the first output that holds an embedding, or None."""

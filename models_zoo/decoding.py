@@ -159,7 +159,8 @@ def decode(
 ) -> Prediction:
     """Return the answer to one clip from what the graph returned for its segments.
 
-    Probabilities and embeddings are averaged over the segments; logits are kept only where there is one segment.
+    Probabilities and embeddings are averaged over the segments; logits and frame scores are kept only where there is
+    one segment. The first frame begins with the clip.
 
     Args:
         card: of the model.
@@ -175,6 +176,7 @@ def decode(
     scores = outputs[clip.name]
     probabilities = probabilities_of(scores, task=card.task, kind=clip.kind)
     embedding = card.embedding_output()
+    frames = None if len(scores) > 1 else _frames(card, outputs)
     return Prediction(
         labels=class_names(card, scores.shape[-1]),
         probabilities=probabilities.mean(axis=0) if len(probabilities) > 1 else probabilities[0],
@@ -182,4 +184,18 @@ def decode(
         embedding=None if embedding is None else outputs[embedding.name].mean(axis=0),
         start=start,
         end=end,
+        frame_probabilities=None if frames is None else frames[0],
+        frame_times=None if frames is None else start + frames[1],
     )
+
+
+def _frames(
+    card: ModelCard, outputs: Mapping[str, NDArray[np.float32]]
+) -> tuple[NDArray[np.float32], NDArray[np.float64]] | None:
+    """Return ``(num_classes, num_frames)`` probabilities of one segment and seconds from its begin, if it has any."""
+    frame, frontend = card.frame_output(), card.frontend
+    if frame is None or frontend is None:
+        return None
+    probabilities = probabilities_of(outputs[frame.name][0], task=card.task, kind=frame.kind)
+    seconds = frame.hop * frontend.framing.hop_length / frontend.sample_rate
+    return np.ascontiguousarray(probabilities.T), np.arange(len(probabilities), dtype=np.float64) * seconds

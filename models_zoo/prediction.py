@@ -34,7 +34,7 @@ class Prediction:
         logits: ``(num_classes,)`` float32 as the graph returned them, or None where it returns probabilities.
         embedding: ``(size,)`` float32, or None.
         start, end: seconds of the recording that were scored.
-        frame_probabilities: ``(num_classes, num_frames)`` float32 for event detection, or None.
+        frame_probabilities: ``(num_classes, num_frames)`` float32 of a model that scores frames, or None.
         frame_times: ``(num_frames,)`` seconds at which a frame begins, or None.
         events: sounds found, for event detection.
     """
@@ -60,7 +60,10 @@ class Prediction:
         return self.top(1)[0][0]
 
     def to_dict(self, k: int | None = None) -> dict[str, Any]:
-        """Return JSON-ready data; ``k`` limits the listed classes to the most probable."""
+        """Return JSON-ready data; ``k`` limits the listed classes to the most probable.
+
+        Frame probabilities are listed class by class, in the order of ``top``.
+        """
         top = self.top(len(self.labels) if k is None else k)
         data: dict[str, Any] = {
             "start": self.start,
@@ -71,7 +74,7 @@ class Prediction:
             data["embedding"] = self.embedding.tolist()
         if self.frame_probabilities is not None and self.frame_times is not None:
             data["frame_times"] = self.frame_times.tolist()
-            data["frame_probabilities"] = self.frame_probabilities.tolist()
+            data["frame_probabilities"] = [self.frame_probabilities[index].tolist() for _, index, _ in top]
         if self.events:
             data["events"] = [vars(event) for event in self.events]
         return data

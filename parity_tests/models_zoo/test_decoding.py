@@ -9,7 +9,7 @@ import pytest
 from scipy.special import expit, softmax
 
 from models_zoo.decoding import check_window, class_names, decode, legal_segments, probabilities_of, window_starts
-from models_zoo.errors import ClipLengthError, ModelFileError
+from models_zoo.errors import CardError, ClipLengthError, ModelFileError
 from parity_tests.infer_tf.tiny import tiny_card
 
 RATE = 32000
@@ -157,3 +157,40 @@ def test_a_model_without_clip_scores_has_nothing_to_decode():
     bare = tiny_card(task="embedding", labels=None, outputs=[tiny_card().outputs[1].to_dict()])
     with pytest.raises(ModelFileError, match="use embed"):
         decode(bare, {"embedding": np.zeros((1, 8), np.float32)})
+
+
+def framed(kind, **changes):
+    """Return a card of a model that scores frames, and its outputs for one clip of four scores."""
+    outputs = [{"name": "clip", "role": "clip", "kind": kind, "axes": ["batch", "3"]}]
+    outputs.append({"name": "frames", "role": "frame", "kind": kind, "axes": ["batch", "time", "3"], **changes})
+    scores = np.random.default_rng(0).normal(size=(1, 4, 3)).astype(np.float32)
+    if kind == "probability":
+        scores = expit(scores)
+    return tiny_card(task="multi_label", outputs=outputs), {"clip": scores.max(axis=1), "frames": scores}
+
+
+@pytest.mark.parametrize("kind", ["logit", "probability"])
+@pytest.mark.parametrize("hop", [1, 4])
+def test_frame_scores_become_probabilities_with_times(kind, hop):
+    declared, outputs = framed(kind, hop=hop)
+    answer = decode(declared, outputs, start=2.5, end=3.0)
+    expected = expit(outputs["frames"][0]) if kind == "logit" else outputs["frames"][0]
+    np.testing.assert_allclose(answer.frame_probabilities, expected.T, atol=1e-6)
+    np.testing.assert_allclose(answer.frame_times, 2.5 + np.arange(4) * hop * 320 / RATE)
+    assert (answer.frame_probabilities.dtype, answer.frame_times.dtype) == (np.float32, np.float64)
+    listed = answer.to_dict(2)
+    assert listed["frame_times"] == answer.frame_times.tolist()
+    for row, one in zip(listed["frame_probabilities"], listed["top"], strict=True):
+        assert row == answer.frame_probabilities[one["index"]].tolist()
+
+
+def test_frame_scores_of_several_segments_are_left_out():
+    declared, outputs = framed("logit")
+    answer = decode(declared, {name: np.concatenate([value, value]) for name, value in outputs.items()})
+    assert answer.frame_probabilities is None
+    assert answer.frame_times is None
+
+
+def test_frame_scores_have_three_axes():
+    with pytest.raises(CardError, match=r"\(batch, frames, classes\)"):
+        framed("logit", axes=["batch", "3"])
