@@ -44,17 +44,22 @@ CONTRACT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name in the contracts -> name and options for ``create_model``."""
 
 
-def _frontend(n_mels: int) -> FrontendSpec:
-    frontend = get_frontend("efficientat")
+_PRESETS = {"efficientat": "efficientat", "mrms_mac": "mrms"}
+"""System of a network -> the front end whose features it takes."""
+
+
+def _frontend(system: str, n_mels: int) -> FrontendSpec:
+    frontend = get_frontend(_PRESETS[system])
     return frontend.replace(mel=frontend.mel.replace(n_mels=n_mels))
 
 
-def noise_features(batch: int, frames: int, n_mels: int = 128) -> Tensor:
-    """Return ``(batch, n_mels, frames)`` EfficientAT features of seeded noise, each clip half as loud as the last."""
+def noise_features(batch: int, frames: int, n_mels: int = 128, system: str = "efficientat") -> Tensor:
+    """Return features of ``system``, of ``frames`` frames, of seeded noise, each clip half as loud as the last."""
+    frontend = _frontend(system, n_mels)
     generator = torch.Generator().manual_seed(frames)
-    noise = torch.randn(batch, 320 * frames, generator=generator) * 0.5 ** torch.arange(batch).unsqueeze(1)
+    noise = torch.randn(batch, frontend.framing.hop_length * frames, generator=generator)
     with torch.no_grad():
-        return TorchFrontend(_frontend(n_mels)).eval()(noise)
+        return TorchFrontend(frontend).eval()(noise * 0.5 ** torch.arange(batch).unsqueeze(1))
 
 
 def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
@@ -64,8 +69,8 @@ def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
         model = create_model(name, **options)
         time = model.inputs[0].axes[-1]
         frames = int(time) if time.isdecimal() else 64
-        features = noise_features(8, frames, model.declared.n_mels)
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        features = noise_features(8, frames, model.declared.n_mels, model.system)
+        norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 1.0
@@ -83,13 +88,13 @@ def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
 
 
 def card_of(model: nn.Module, architecture: str, **fields: Any) -> ModelCard:
-    """Return a card for ``model`` behind the EfficientAT front end, with invented labels if it scores classes."""
+    """Return a card for ``model`` behind its system's front end, with invented labels if it scores classes."""
     count = model.options["num_classes"]
     defaults: dict[str, Any] = {
         "name": "example",
         "task": "single_label" if count else "embedding",
         "labels": [f"class {index}" for index in range(count)] or None,
-        "frontend": _frontend(model.options["n_mels"]),
+        "frontend": _frontend(model.system, model.options["n_mels"]),
     }
     return new_card(**{**defaults, **fields}, architecture=architecture, model=model)
 
@@ -108,7 +113,7 @@ def contract_state(contracts: Path, entry: Mapping[str, Any]) -> dict[str, Tenso
     seeded = importlib.util.module_from_spec(module)
     module.loader.exec_module(seeded)
     state = seeded.seeded_state_dict(entry["keys"], entry["fixed"])
-    for key, factor in entry["scale"].items():
+    for key, factor in entry.get("scale", {}).items():
         state[key] = state[key] * np.float32(factor)
     return {key: torch.from_numpy(np.asarray(value)) for key, value in state.items()}
 

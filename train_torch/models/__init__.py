@@ -17,6 +17,7 @@ from train_torch.costs import count_costs
 from train_torch.models.efficientat_dymn import DyMN, DyMNOptions
 from train_torch.models.efficientat_dymn_clip import DyMNClip
 from train_torch.models.efficientat_mn import MN, MNOptions
+from train_torch.models.mac import MAC, MACOptions
 from train_torch.models.panns import PannsOptions
 from train_torch.models.panns_cnn import (
     Cnn6,
@@ -86,6 +87,8 @@ _ARCHITECTURES: dict[str, _Architecture] = {
     },
     "dymn": _Architecture(DyMN, DyMNOptions, {}),
     **{f"dymn{tenths:02d}": _Architecture(DyMN, DyMNOptions, {"width": tenths / 10}) for tenths in (4, 10, 20)},
+    "mac": _Architecture(MAC, MACOptions, {}),
+    **{f"mac_{pooling}": _Architecture(MAC, MACOptions, {"pooling": pooling}) for pooling in ("avg", "max")},
     "cnn14": _Architecture(Cnn14, Cnn14Options, {}),
     **{f"cnn14_emb{size}": _Architecture(Cnn14, Cnn14Options, {"embedding": size}) for size in (32, 128, 512)},
     "cnn14_decisionlevelmax": _Architecture(Cnn14DecisionLevelMax, DecisionLevelOptions, {}),
@@ -102,6 +105,9 @@ _ARCHITECTURES: dict[str, _Architecture] = {
     "wavegram_cnn14": _Architecture(WavegramCnn14, WavegramOptions, {}),
     "wavegram_logmel_cnn14": _Architecture(WavegramLogmelCnn14, WavegramOptions, {}),
 }
+
+_EXCLUSIVE = ("single_label", "label_distribution")
+"""Tasks whose probabilities sum to one."""
 
 
 def list_architectures() -> list[str]:
@@ -202,14 +208,16 @@ def new_card(
         frontend: waveform -> features.
         task: see :class:`ModelCard`.
         labels: class names in order, or None.
-        **fields: other fields of the card (licence, metrics, provenance, ...).
+        **fields: other fields of the card (licence, metrics, provenance, ...); a ``length_policy`` among them is
+            narrowed to what the network takes.
 
     Raises:
         CardError: an impossible field, or a card that does not fit the model.
     """
     described = cast(Model, model)
-    if "length_policy" not in fields and frontend is not None:
-        fields["length_policy"] = _length_policy(described, frontend)
+    if frontend is not None:
+        needed = _length_policy(described, frontend)
+        fields["length_policy"] = _narrowed(fields["length_policy"], needed) if "length_policy" in fields else needed
     card = ModelCard(
         name=name,
         system=fields.pop("system", described.system),
@@ -246,6 +254,16 @@ def _length_policy(model: Model, frontend: FrontendSpec) -> LengthPolicy:
     return asked.replace(min=first, max=None if beyond is None else beyond - 1)
 
 
+def _narrowed(policy: LengthPolicy, needed: LengthPolicy) -> LengthPolicy:
+    """Return ``policy`` where the network has no say, and what it needs where it has."""
+    return policy.replace(
+        min=max(policy.min or 1, needed.min) if needed.min is not None else policy.min,
+        max=needed.max if policy.max is None else policy.max,
+        multiple_of=needed.multiple_of if policy.multiple_of == 1 else policy.multiple_of,
+        uneven=needed.uneven if policy.uneven == "error" else policy.uneven,
+    )
+
+
 def _fewest_samples(frontend: FrontendSpec, frames: int) -> int | None:
     """Return the length of the shortest clip that gives at least as many frames, or None where none does."""
     legal = range(frontend.min_samples, frontend.min_samples + (frames + 1) * frontend.framing.hop_length)
@@ -280,6 +298,12 @@ def check_card(model: nn.Module, card: ModelCard) -> None:
             f"{'none' if scores is None else scores.axes[-1]}; give as many labels as classes",
             field="labels",
         )
+    if scores is not None and scores.kind == "log_probability" and card.task not in _EXCLUSIVE:
+        raise CardError(
+            f"task: card {card.name!r} says {card.task!r}; the model answers with log-probabilities that sum to one, "
+            f"so one class takes from another; choose {' or '.join(map(repr, _EXCLUSIVE))}",
+            field="task",
+        )
     frontend = card.frontend
     if frontend is None:
         return
@@ -297,4 +321,18 @@ def check_card(model: nn.Module, card: ModelCard) -> None:
             f"frontend.mel.n_mels: card {card.name!r} has {frontend.mel.n_mels}; the model was built for {mels}; pass "
             "the same n_mels to both",
             field="frontend.mel.n_mels",
+        )
+    axes = frontend.layout.split(" ")
+    if "c" in axes and features.axes[axes.index("c")] != str(len(frontend.windows)):
+        raise CardError(
+            f"frontend.windows: card {card.name!r} has {len(frontend.windows)}; the model was built for "
+            f"{features.axes[axes.index('c')]}; pass num_windows to the model",
+            field="frontend.windows",
+        )
+    fewest, frames = getattr(described, "min_frames", 1), frontend.num_frames(card.min_samples)
+    if frames < fewest:
+        raise CardError(
+            f"length_policy.min: card {card.name!r} admits clips of {card.min_samples} samples, {frames} frames; the "
+            f"model needs {fewest}, and an exported graph may answer to fewer without an error; raise the minimum",
+            field="length_policy.min",
         )
