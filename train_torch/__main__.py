@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from models_zoo.errors import AudioClassifierError, SpecError
@@ -118,6 +119,24 @@ def _parser() -> argparse.ArgumentParser:
     teach.add_argument("--quiet", action="store_true", help="no progress bar")
     teach.add_argument("--force", action="store_true", help="replace the file")
     teach.set_defaults(run=_teach)
+
+    combine = commands.add_parser(
+        "combine",
+        help="make one model of several checkpoints: the mean of their answers",
+        description="Write several checkpoints with the same front end and labels as one checkpoint, whose answer is "
+        "the weighted mean of theirs; it exports to one graph and serves like any other.",
+    )
+    combine.add_argument("checkpoint", nargs="+", help="as for evaluate")
+    combine.add_argument("-o", "--out", required=True, help=".safetensors to write")
+    combine.add_argument("--card", metavar="NAME", help="card of files that hold none")
+    _add_checkpoints(combine)
+    combine.add_argument("--name", help="of the ensemble (default: made from the file's)")
+    combine.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the members (default: equal)")
+    combine.add_argument(
+        "--mean", choices=("probabilities", "logits"), default="probabilities", help="what is averaged"
+    )
+    combine.add_argument("--force", action="store_true", help="replace the file")
+    combine.set_defaults(run=_combine)
 
     compare = commands.add_parser(
         "compare",
@@ -305,6 +324,23 @@ def _teach(options: argparse.Namespace) -> None:
         force=options.force,
     )
     sys.stdout.write(f"{options.out}: {len(stored.files)} clips, {len(stored.labels)} labels\n")
+
+
+def _combine(options: argparse.Namespace) -> None:
+    from train_torch.checkpoint import save_checkpoint
+    from train_torch.models.ensemble import combine
+    from train_torch.train import name_of
+
+    network, card = combine(
+        options.checkpoint,
+        options.card,
+        name=options.name or name_of(Path(options.out).with_suffix("")),
+        weights=options.weights,
+        mean=options.mean,
+        checkpoints=options.checkpoints,
+    )
+    save_checkpoint(options.out, network, card, force=options.force)
+    sys.stdout.write(f"{options.out}: {card.name}, the mean of {len(options.checkpoint)} models\n")
 
 
 def _compare(options: argparse.Namespace) -> None:

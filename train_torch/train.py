@@ -259,7 +259,7 @@ def fit(
 
     torch.manual_seed(recipe.seed)
     split_hash = _split_hash(dataset)
-    model, card = _start(recipe, dataset, name or _name_of(folder), init, init_card, checkpoints)
+    model, card = _start(recipe, dataset, name or name_of(folder), init, init_card, checkpoints)
     check_temperature(model, recipe)
     frozen = freeze(model, recipe.freeze)
     teacher = _teacher(recipe, dataset, card, teachers, teacher_logits, checkpoints)
@@ -344,7 +344,7 @@ def _tensorboard(folder: Path) -> Any:
         raise MissingDependencyError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
 
 
-def _name_of(folder: Path) -> str:
+def name_of(folder: Path) -> str:
     """Return a legal model name made from the run folder's."""
     return re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("._-") or "model"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -14,6 +15,7 @@ from models_zoo.registry import get_card, list_models
 from models_zoo.schema import Declaration
 from models_zoo.specs import FrontendSpec
 from train_torch.costs import count_costs
+from train_torch.models.combined import Combined, CombinedOptions
 from train_torch.models.efficientat_dymn import DyMN, DyMNOptions
 from train_torch.models.efficientat_dymn_clip import DyMNClip
 from train_torch.models.efficientat_mn import MN, MNOptions
@@ -109,6 +111,9 @@ _ARCHITECTURES: dict[str, _Architecture] = {
 _EXCLUSIVE = ("single_label", "label_distribution")
 """Tasks whose probabilities sum to one."""
 
+_ENSEMBLE = {"ensemble": _Architecture(Combined, CombinedOptions, {})}
+"""Made of others, so no architecture anyone would look for among them."""
+
 
 def list_architectures() -> list[str]:
     """Return the names of the bare architectures; :func:`create_model` takes published names as well."""
@@ -117,11 +122,12 @@ def list_architectures() -> list[str]:
 
 def _resolve(name: str, options: Mapping[str, Any]) -> tuple[_Architecture, Declaration]:
     """Return the architecture called ``name``, bare or published, and its complete options."""
-    if name not in _ARCHITECTURES and name in list_models():
+    known = _ARCHITECTURES | _ENSEMBLE
+    if name not in known and name in list_models():
         return _resolve_card(get_card(name), options)
-    if name not in _ARCHITECTURES:
+    if name not in known:
         raise UnknownNameError("model", name, [*_ARCHITECTURES, *list_models()])
-    architecture = _ARCHITECTURES[name]
+    architecture = known[name]
     declared = architecture.options.from_dict({**architecture.preset, **options})
     for key, value in architecture.preset.items():
         if getattr(declared, key) != value:
@@ -186,6 +192,15 @@ def clip_form(model: nn.Module) -> nn.Module | None:
 
     It takes the same inputs and returns the same outputs, in evaluation mode.
     """
+    if isinstance(model, Combined):
+        forms = [clip_form(member) for member in model.members]
+        if not any(forms):
+            return None
+        combined = copy.deepcopy(model).eval()
+        combined.members = nn.ModuleList(
+            member if form is None else form for member, form in zip(combined.members, forms, strict=True)
+        )
+        return combined
     return DyMNClip(model) if isinstance(model, DyMN) else None
 
 

@@ -1,4 +1,4 @@
-"""Several models as one: the mean of their logits, each behind its own front end."""
+"""Several models as one: each behind its own front end, or all behind one, as one network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from models_zoo.cards import ModelCard
+from models_zoo.ensembles import Mean, check_members, common_policy, normalised_weights
 from models_zoo.errors import CardError
 from train_torch.checkpoint import load_checkpoint
 from train_torch.frontend import TorchFrontend
+from train_torch.models import new_card
+from train_torch.models.combined import Combined, CombinedOptions, Member
 
-__all__ = ["Ensemble", "load_ensemble"]
+__all__ = ["Ensemble", "combine", "load_ensemble"]
 
 # What members may not differ in: how a clip is read and cut, and what an answer means.
 _SHARED = ("task", "labels", "length_policy")
@@ -128,3 +131,63 @@ def _check_pair(first: ModelCard, other: ModelCard) -> None:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def combine(
+    paths: Sequence[str | Path],
+    card: str | None = None,
+    *,
+    name: str = "ensemble",
+    weights: Sequence[float] | None = None,
+    mean: Mean = "probabilities",
+    checkpoints: str | Path | None = None,
+) -> tuple[Combined, ModelCard]:
+    """Return several checkpoints as one network behind one front end, and its card.
+
+    What :func:`~train_torch.checkpoint.save_checkpoint`, export, serving and parity take like any other model.
+
+    Args:
+        paths: files, or names of published models; at least one.
+        card: name of the card of files that hold none.
+        name: of the ensemble.
+        weights: of the members; None for equal ones.
+        mean: of ``probabilities``, or of ``logits``.
+        checkpoints: folder with published checkpoints.
+
+    Raises:
+        CardError: members that do not go together, different front ends among them; named in ``field``.
+        CheckpointError, UnknownNameError: see :func:`load_checkpoint`.
+    """
+    loaded = [load_checkpoint(path, card, checkpoints=checkpoints) for path in paths]
+    cards = [one.card for one in loaded]
+    check_members(cards, mean)
+    first = cards[0]
+    for one in cards[1:]:
+        if one.frontend != first.frontend:
+            raise CardError(
+                f"frontend: {one.name!r} and {first.name!r} have different ones, and one graph has one; give "
+                "TFAudioClassifier the exported models as a list instead",
+                field="frontend",
+            )
+    options = CombinedOptions(
+        members=tuple(Member(architecture=one.architecture, options=one.options) for one in cards),
+        weights=None if weights is None else normalised_weights(weights, len(cards)),
+        mean=mean,
+        activation="sigmoid" if first.task in ("multi_label", "event_detection") else "softmax",
+    )
+    network = Combined(options).eval()
+    for member, one in zip(network.members, loaded, strict=True):
+        member.load_state_dict(one.model.state_dict())
+    described = new_card(
+        name,
+        "ensemble",
+        model=network,
+        frontend=first.frontend,
+        task=first.task,
+        labels=first.labels,
+        length_policy=common_policy(cards),
+        license="; ".join(dict.fromkeys(one.license for one in cards if one.license)),
+        training_data="; ".join(dict.fromkeys(one.training_data for one in cards if one.training_data)),
+        provenance={"members": [{"name": one.card.name, "sha256": one.sha256} for one in loaded]},
+    )
+    return network, described
