@@ -14,7 +14,7 @@ from models_zoo.cards import ModelCard
 from models_zoo.errors import DataError
 from train_torch.augment import draw_mixing, mix_labels, mix_waveforms
 from train_torch.data import Batch
-from train_torch.distill import Teacher, distillation_loss
+from train_torch.distill import Teacher, distillation_loss, named
 from train_torch.evaluation import collect
 from train_torch.frontend import MelJitter, Mixing, MixStyle, SpecMasks, TorchFrontend
 from train_torch.losses import balancing_weights, clip_loss, supcon_loss
@@ -178,7 +178,7 @@ class Classifier(lightning.LightningModule):
         before, now = checkpoint.get("teacher"), None if self.teacher is None else self.teacher.origin
         if before != now:
             raise DataError(
-                f"cannot resume: the run was begun with {_named(before)} and is now given {_named(now)}; give the same "
+                f"cannot resume: the run was begun with {named(before)} and is now given {named(now)}; give the same "
                 "teachers in the same order, or --force to start afresh"
             )
         self._set_temperature(checkpoint["epoch"])
@@ -191,10 +191,3 @@ class Classifier(lightning.LightningModule):
         """Return the recipe's optimiser and its schedule."""
         total = max(int(self.trainer.estimated_stepping_batches), 1)
         return configure(self.model, self.recipe, total)
-
-
-def _named(origin: Mapping[str, Any] | None) -> str:
-    if origin is None:
-        return "no teacher"
-    names = [f"{one['name']} ({one['sha256'][:8]})" for one in origin["teachers"]]
-    return f"{origin['kind']} {', '.join(names) or 'of unknown origin'}"

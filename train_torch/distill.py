@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ __all__ = [
     "StoredTeacher",
     "Teacher",
     "distillation_loss",
+    "named",
     "read_logits",
     "teach",
 ]
@@ -201,13 +203,14 @@ def read_logits(path: str | Path) -> StoredLogits:
                 raise DataError(f"{path}: holds no {', '.join(missing)}; expected files, logits and labels")
             files, logits, labels = (stored[name] for name in ("files", "logits", "labels"))
             teachers = stored.get("teachers", [])
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    # TypeError: a bare .npy array is no archive.
+    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path}: cannot read teacher logits: {error}; make them with python -m train_torch teach"
         ) from error
-    if logits.shape != (files.size, labels.size) or logits.dtype.kind != "f":
+    if (files.ndim, labels.ndim) != (1, 1) or logits.shape != (files.size, labels.size) or logits.dtype.kind != "f":
         raise DataError(
             f"{path}: logits are {logits.dtype} {logits.shape}; expected floats ({files.size}, {labels.size}), as many "
             "as there are files and labels"
@@ -223,7 +226,7 @@ def read_logits(path: str | Path) -> StoredLogits:
         tuple(names),
         logits.astype(np.float32),
         tuple(str(label) for label in labels),
-        tuple({"sha256": text.split(" ", 1)[0], "name": text.split(" ", 1)[1]} for text in map(str, teachers)),
+        tuple({"sha256": sha256, "name": name} for sha256, _, name in (str(text).partition(" ") for text in teachers)),
     )
 
 
@@ -326,6 +329,14 @@ def teach(
     )
     stored.write(out, force=force)
     return stored
+
+
+def named(origin: Mapping[str, Any] | None) -> str:
+    """Return a teacher's :attr:`Teacher.origin` in words."""
+    if not origin:
+        return "no teacher"
+    names = [f"{one['name']} ({one['sha256'][:8]})" for one in origin["teachers"]]
+    return f"{origin['kind']} {', '.join(names) or 'unknown models'}"
 
 
 def _probabilities(logits: Tensor, task: str) -> Tensor:

@@ -42,9 +42,10 @@ from models_zoo.presets import get_frontend
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
 from train_torch.classifier import Classifier, selected_by
 from train_torch.data import ClipData, ClipDataModule, count_table, split_dataset
-from train_torch.distill import LiveTeacher, StoredTeacher, Teacher, read_logits
+from train_torch.distill import LiveTeacher, StoredTeacher, Teacher, named, read_logits
 from train_torch.evaluation import Device, accelerator_of, score_clips
 from train_torch.models import create_model, new_card
+from train_torch.models.ensemble import load_ensemble
 from train_torch.optim import check_temperature, freeze
 from train_torch.plots import plot_confusion, plot_learning_curves
 from train_torch.recipes import Recipe
@@ -199,7 +200,7 @@ def fit(
         name: of the model; by default made from the run folder's.
         split_by, hold_out, validate_by: see :func:`train_torch.data.split_dataset`.
         init: checkpoint to start from, a file or the name of a published model; its architecture and front end then
-            stand, the recipe's are not used.
+            stand, the recipe's are not used, and neither is its rule for short clips unless it has ``min_seconds``.
         init_card: name of its card where the file holds none.
         checkpoints: folder with published checkpoints, see :func:`train_torch.download.checkpoint_folder`.
         teachers: checkpoints to distil from, live: the mean of their logits on every batch; needs
@@ -237,6 +238,7 @@ def fit(
     if chief:
         _check_run_folder(folder, recipe, resume=resume, force=force)
         if resume and (folder / _REPORT).exists():
+            _check_same_teacher(folder, teachers, teacher_logits, checkpoints)
             _log.info("%s: this run is finished; nothing to resume", folder)
             return cast(dict[str, Any], json.loads((folder / _REPORT).read_text(encoding="utf-8")))
 
@@ -288,9 +290,6 @@ def fit(
         },
     )
     module = ClipDataModule(dataset, card, recipe, cache_gib=cache_gib, workers=workers, progress=progress and chief)
-    if chief:
-        _prepare_run_folder(folder, recipe, dataset, split_hash, resume=resume)
-
     validation = module.parts["validation"].dataset
     classifier = Classifier(
         model,
@@ -300,6 +299,8 @@ def fit(
         class_counts=dataset.select("train").class_counts(),
         teacher=teacher,
     )
+    if chief:
+        _prepare_run_folder(folder, recipe, dataset, split_hash, resume=resume)
     run = _RunFolder(folder)
     callbacks: list[Callback] = [_Progress()] if progress and chief else []
     if recipe.patience:
@@ -365,12 +366,28 @@ def _check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, force: bool
                 f"cannot resume {folder}: it was begun with another recipe; different: {', '.join(changed)}; give the "
                 "same options, or --force to start afresh"
             )
-    elif not resume:
-        for name in present:
-            (folder / name).unlink()
+
+
+def _check_same_teacher(
+    folder: Path, teachers: Sequence[str | Path], teacher_logits: str | Path | None, checkpoints: str | Path | None
+) -> None:
+    """Refuse to pass off a finished run as one that learnt from the teachers given now."""
+    if not teachers and teacher_logits is None:
+        return
+    before = load_checkpoint(folder / "model.safetensors").card.provenance.get("distilled_from") or {}
+    if teachers:
+        same = before.get("teachers") == load_ensemble(teachers, checkpoints=checkpoints)[1]
+    else:
+        same = before.get("sha256") == read_logits(cast(str, teacher_logits)).sha256()
+    if not same:
+        raise DataError(
+            f"{folder} holds a finished run that learnt from other teachers ({named(before)}); "
+            "give the same, --force to replace it, or choose another folder"
+        )
 
 
 def _prepare_run_folder(folder: Path, recipe: Recipe, dataset: Dataset, split_hash: str, *, resume: bool) -> None:
+    """Begin the run in ``folder``: an earlier one is removed only now that nothing stands in the way."""
     if resume and (folder / "split.csv").exists():
         before = hashlib.sha256((folder / "split.csv").read_bytes()).hexdigest()
         if before != split_hash:
@@ -378,6 +395,9 @@ def _prepare_run_folder(folder: Path, recipe: Recipe, dataset: Dataset, split_ha
                 f"cannot resume {folder}: the data or its split changed since it was begun; give the same data and "
                 "split options, or --force to start afresh"
             )
+    if not resume:
+        for name in _OWN_FILES:
+            (folder / name).unlink(missing_ok=True)
     with replacing(folder / "recipe.json", force=True) as partial:
         partial.write_text(recipe.to_json(indent=2) + "\n", encoding="utf-8")
     dataset.write_split(folder / "split.csv", force=True)
@@ -424,10 +444,14 @@ def _start(
     replaced = ", ".join(loaded.replaced) or "nothing"
     _log.info("starting from %s (%s); replaced: %s", loaded.card.name, Path(init).name, replaced)
     origin = {"name": loaded.card.name, "sha256": loaded.sha256, "replaced": list(loaded.replaced)}
+    policy = loaded.card.length_policy
+    if recipe.min_seconds is not None:
+        policy = policy.replace(min=round(recipe.min_seconds * loaded.card.sample_rate), short=recipe.short)
     card = loaded.card.replace(
         name=name,
         task=recipe.task,
         checkpoint=None,
+        length_policy=policy,
         metrics={},
         thresholds=None,
         provenance={"initialised_from": origin},

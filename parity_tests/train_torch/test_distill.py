@@ -355,6 +355,7 @@ def test_labels_of_stored_logits_must_be_the_datas(sounds, labels, said):
         ({"logits": np.zeros((2, 2), np.float32)}, r"expected floats \(2, 3\)"),
         ({"logits": np.full((2, 3), np.nan, np.float32)}, "2 clips have logits that are not finite"),
         ({"files": np.array(["a", "a"])}, "listed twice"),
+        ({"files": np.array("a"), "logits": np.zeros((1, 3), np.float32)}, "expected floats"),
     ],
 )
 def test_broken_stored_logits_are_refused(tmp_path, change, said):
@@ -365,9 +366,16 @@ def test_broken_stored_logits_are_refused(tmp_path, change, said):
         read_logits(tmp_path / "l.npz")
 
 
+def test_logits_stored_by_others_need_not_say_whose_they_are_our_way(tmp_path):
+    arrays = {"files": np.array(["a"]), "logits": np.zeros((1, 3), np.float32), "labels": np.array(CLASSES)}
+    np.savez(tmp_path / "l.npz", **arrays, teachers=np.array(["passt"]))
+    assert read_logits(tmp_path / "l.npz").teachers == ({"sha256": "passt", "name": ""},)
+
+
 def test_a_file_that_holds_no_logits_is_refused(tmp_path):
     (tmp_path / "l.npz").write_bytes(b"no zip")
-    for name in ("l.npz", "absent.npz"):
+    np.save(tmp_path / "bare.npy", np.zeros((2, 3), np.float32))
+    for name in ("l.npz", "absent.npz", "bare.npy"):
         with pytest.raises(DataError, match=r"cannot read teacher logits.*train_torch teach"):
             read_logits(tmp_path / name)
 
@@ -405,6 +413,9 @@ def test_a_run_records_its_teachers_and_resumes_with_no_others(teachers, sounds,
     for others in (teachers[:1], list(reversed(teachers))):
         with pytest.raises(DataError, match=r"cannot resume.*teacher-0"):
             fit(sounds, tmp_path / "run", recipe, teachers=others, progress=False, resume=True)
+    fit(sounds, tmp_path / "run", recipe, teachers=teachers, progress=False, resume=True)
+    with pytest.raises(DataError, match=r"finished run that learnt from other teachers.*teacher-0"):
+        fit(sounds, tmp_path / "run", recipe, teachers=teachers[:1], progress=False, resume=True)
     fit(sounds, tmp_path / "run", recipe, teachers=teachers, progress=False, resume=True)
     fit(sounds, tmp_path / "whole", recipe, teachers=teachers, progress=False)
     cards = [load_checkpoint(tmp_path / name / "last.safetensors") for name in ("run", "whole")]
