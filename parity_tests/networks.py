@@ -44,7 +44,7 @@ CONTRACT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name in the contracts -> name and options for ``create_model``."""
 
 
-_PRESETS = {"efficientat": "efficientat", "mrms_mac": "mrms"}
+_PRESETS = {"efficientat": "efficientat", "mrms_mac": "mrms", "panns": "panns_32k"}
 """System of a network -> the front end whose features it takes."""
 
 
@@ -56,10 +56,29 @@ def _frontend(system: str, n_mels: int) -> FrontendSpec:
 def noise_features(batch: int, frames: int, n_mels: int = 128, system: str = "efficientat") -> Tensor:
     """Return features of ``system``, of ``frames`` frames, of seeded noise, each clip half as loud as the last."""
     frontend = _frontend(system, n_mels)
+    with torch.no_grad():
+        return TorchFrontend(frontend).eval()(_noise(batch, frames, frontend))
+
+
+def noise_inputs(model: nn.Module, batch: int, frames: int) -> dict[str, Tensor]:
+    """Return what ``model`` takes, by name, of the same noise."""
+    frontend = _frontend(model.system, model.declared.n_mels)
+    made = {
+        "frontend": noise_features(batch, frames, frontend.mel.n_mels, model.system),
+        "waveform": _noise(batch, frames, frontend),
+    }
+    return {part.name: made[part.source] for part in model.inputs}
+
+
+def _noise(batch: int, frames: int, frontend: FrontendSpec) -> Tensor:
     generator = torch.Generator().manual_seed(frames)
     noise = torch.randn(batch, frontend.framing.hop_length * frames, generator=generator)
-    with torch.no_grad():
-        return TorchFrontend(frontend).eval()(noise * 0.5 ** torch.arange(batch).unsqueeze(1))
+    clips = torch.arange(batch).unsqueeze(1)
+    if frontend.statistics is None:
+        return noise * 0.5**clips
+    # A front end that takes the level out would make all of them alike: they fall by more and more per octave instead.
+    bins = torch.fft.rfft(noise)
+    return torch.fft.irfft(bins * torch.arange(1, bins.shape[1] + 1) ** (-0.25 * clips), n=noise.shape[1])
 
 
 def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
@@ -67,21 +86,28 @@ def lively(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = create_model(name, **options)
-        time = model.inputs[0].axes[-1]
-        frames = int(time) if time.isdecimal() else 64
-        features = noise_features(8, frames, model.declared.n_mels, model.system)
+        frontend = _frontend(model.system, model.declared.n_mels)
+        axes = next((part.axes for part in model.inputs if part.source == "frontend"), None)
+        time = "time" if axes is None else axes[frontend.layout.split(" ").index("t")]
+        inputs = noise_inputs(model, 8, int(time) if time.isdecimal() else 64)
         norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
         momenta = [norm.momentum for norm in norms]
+        # Behind a front end that takes the level out, clips of noise are alike. Norms fitted to them would amplify what
+        # tells them apart by a thousand, and rounding with it.
+        barely = frontend.statistics is not None
         for norm in norms:
-            norm.momentum = 1.0
+            norm.momentum = 0.1 if barely else 1.0
         with torch.no_grad():
             for key, module in model.named_modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear) or (barely and isinstance(module, nn.Conv2d)):
                     nn.init.kaiming_normal_(module.weight)
                 # A dynamic block's factors grow with its input: unlearned, fifteen of them blow up on unusual clips.
                 elif key.endswith("joint_norm"):
                     nn.init.constant_(module.weight, 0.03)
-            model.train()(features=features)
+                # A fresh residual block is its bypass, so that nothing in it could go wrong.
+                elif isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+                    nn.init.ones_(module.weight)
+            model.train()(**inputs)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     return model.eval()

@@ -32,6 +32,8 @@ from train_torch.checkpoint import save_checkpoint
 LENGTHS = (514, 834, 3_200, 11_111, 32_000, 64_000, 100_001, 161_803, 320_000, 960_000, 1_920_000)
 """Samples at 32 kHz, from the legal minimum (2 frames) to 60 s."""
 BATCHES = (1, 2, 3, 8)
+MAC_LENGTHS = (3_200, 3_299, 3_300, 4_801, 8_000, 12_345, 16_000, 64_001, 160_000)
+"""Samples at 16 kHz, from the legal minimum (32 frames) to 10 s."""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,33 @@ def test_the_graph_answers_like_the_model(tmp_path, name, options):
         np.testing.assert_allclose(many[3:4], one, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param("mac_avg", {}, marks=pytest.mark.slow),
+        pytest.param("mac_max", {}, marks=pytest.mark.slow),
+        ("mac_avg", {"width": 6, "num_classes": 5}),
+        ("mac_max", {"width": 4, "num_classes": 0}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "published",
+)
+def test_mac_graphs_answer_like_the_model(tmp_path, name, options):
+    model = lively(name, **options)
+    lengths = MAC_LENGTHS[::3] if options else MAC_LENGTHS
+    card = card_of(model, name, length_policy=LengthPolicy(max=lengths[-1]))
+    export_onnx(model, card, tmp_path / "model.onnx")
+    done = verify_onnx(tmp_path / "model.onnx", model, card, lengths=lengths, batches=(1, 2, 5))
+    assert (done.lengths, done.batches, done.cases) == (lengths, (1, 2, 5), 3 * len(lengths))
+    assert done.worst <= LOGITS
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [node.shape for node in session.get_inputs()] == [["batch", 4, 160, "time"]]
+    features = np.random.default_rng(0).standard_normal((5, 4, 160, 77)).astype(np.float32)
+    together, alone = (session.run(None, {"features": part}) for part in (features, features[3:4]))
+    assert together[0].std() > 0.05, "a dead network agrees with anything"
+    for many, one in zip(together, alone, strict=True):
+        np.testing.assert_allclose(many[3:4], one, rtol=1e-4, atol=1e-4)
+
+
 def test_progress_is_shown_when_asked_for(example, tmp_path, capsys, caplog):
     caplog.set_level("INFO", logger="export")
     export_onnx(*example, tmp_path / "quiet.onnx")
@@ -118,10 +147,17 @@ def test_a_clip_costs_no_answer_in_any_batch(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"head": "multihead_attention_pooling", "se_dims": "cf", "se_agg": "min"}])
-def test_dynamo_exports_the_family_too(tmp_path, options):
-    model = lively("mn01", num_classes=4, **options)
-    card = card_of(model, "mn01", exporter="dynamo")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mn01", {}),
+        ("mn01", {"head": "multihead_attention_pooling", "se_dims": "cf", "se_agg": "min"}),
+        ("mac_max", {"width": 4}),
+    ],
+)
+def test_dynamo_exports_the_families_too(tmp_path, name, options):
+    model = lively(name, num_classes=4, **options)
+    card = card_of(model, name, exporter="dynamo", length_policy=LengthPolicy(max=48_000))
     done = export_onnx(model, card, tmp_path / "model.onnx")
     assert done.worst <= LOGITS
     assert os.listdir(tmp_path) == ["model.onnx"]
