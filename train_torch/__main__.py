@@ -244,6 +244,13 @@ def _fit(options: argparse.Namespace) -> None:
         overrides["precision"] = _PRECISIONS[options.precision]
     recipe = get_recipe(options.recipe).replace(**{k: v for k, v in overrides.items() if v is not None})
     recipe = _with_fields(recipe, options.set)
+    for field in ("model", "frontend"):
+        if (options.init or options.card) and getattr(options, field) is not None:
+            raise SpecError(
+                f"--{field} {getattr(options, field)}: a checkpoint to start from (--init, --card) brings its own "
+                f"{field}; leave out one of them",
+                field=field,
+            )
     if (options.teacher or options.teacher_logits) and recipe.distillation is None:
         recipe = recipe.replace(distillation=DistillationRecipe())
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from models_zoo.cards import LengthPolicy
 from models_zoo.errors import CheckpointError, DataError, SpecError
 from models_zoo.soundscapes import write_soundscapes
 from parity_tests.networks import card_of, lively
@@ -189,6 +190,22 @@ def test_fine_tuning_a_dymn_keeps_its_temperature(sounds, tmp_path):
     recipe = get_recipe("finetune").replace(epochs=1, seconds=0.3, batch_size=6)
     fit(sounds, tmp_path / "run", recipe, init=tmp_path / "start.safetensors", progress=False)
     assert load_checkpoint(tmp_path / "run" / "last.safetensors").card.options["temperature"] == 1.0
+
+
+def test_a_start_brings_its_rule_for_short_clips_unless_the_recipe_has_one(sounds, start, tmp_path):
+    recipe = TINY.replace(epochs=1, short="repeat")
+    fit(sounds, tmp_path / "its", recipe, init=start, progress=False)
+    assert load_checkpoint(tmp_path / "its" / "last.safetensors").card.length_policy == LengthPolicy()
+    fit(sounds, tmp_path / "own", recipe.replace(min_seconds=0.7), init=start, progress=False)
+    policy = load_checkpoint(tmp_path / "own" / "last.safetensors").card.length_policy
+    assert policy == LengthPolicy(min=22400, short="repeat")
+
+
+@pytest.mark.parametrize("option", [("--model", "mn04"), ("--frontend", "efficientat_mels64")])
+def test_a_start_leaves_nothing_to_say_about_the_network(sounds, start, tmp_path, capsys, option):
+    options = ["--data", str(sounds), "--out", str(tmp_path / "run"), "--init", str(start), *option]
+    assert main(["fit", *options]) == 2
+    assert f"error: {' '.join(option)}: a checkpoint to start from" in capsys.readouterr().err
 
 
 # Recipes

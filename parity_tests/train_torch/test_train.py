@@ -24,6 +24,7 @@ from models_zoo.errors import (
     MissingDependencyError,
     OutputExistsError,
     OutputWriteError,
+    SpecError,
 )
 from models_zoo.soundscapes import write_soundscapes
 from train_torch import train
@@ -31,7 +32,7 @@ from train_torch.__main__ import main
 from train_torch.checkpoint import load_checkpoint
 from train_torch.evaluation import evaluate
 from train_torch.frontend import TorchFrontend
-from train_torch.recipes import Augmentation, Recipe, get_recipe
+from train_torch.recipes import Augmentation, DistillationRecipe, Recipe, get_recipe
 from train_torch.train import fit
 
 TINY = Recipe(
@@ -399,6 +400,22 @@ def test_any_field_of_a_recipe_can_be_set(sounds, tmp_path):
     assert used.augmentation.gain_db == (-6, 6)
     assert used.sampling.clips_per_epoch == 8
     assert (used.model, used.epochs) == ("mn01", 1)
+
+
+def test_a_run_is_replaced_only_when_the_next_one_can_begin(sounds, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    fit(sounds, run, TINY.replace(epochs=1), progress=False)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for data, recipe, error in (
+        (tmp_path / "nothing", TINY, DataError),
+        (sounds, TINY.replace(freeze=("nothing",)), SpecError),
+        (sounds, TINY.replace(distillation=DistillationRecipe()), DataError),
+    ):
+        with pytest.raises(error):
+            fit(data, run, recipe, progress=False, force=True)
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    fit(sounds, run, TINY.replace(epochs=1, seed=4), init=run / "model.safetensors", progress=False, force=True)
+    assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
 def command(*arguments):
