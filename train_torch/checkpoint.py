@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,13 +213,22 @@ def _read_published(path: Path, card: ModelCard | None, sha256: str, container: 
                     f"again from {source.url}, or give a card without the hash if the file is your own"
                 )
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on how the file was pickled; what is inside is checked below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged or hostile pickle fails in any way it likes; whatever it raises, the answer is the same.
     except Exception as error:
+        # torch's own advice, to load it all the same, is for files one trusts.
+        stranger = re.search(r"GLOBAL (\S+)", str(error))
+        if stranger is not None:
+            raise CheckpointError(
+                f"{path} holds more than tensors: {stranger[1]}; unpickling that could run code, so it is refused. Get "
+                "a state_dict, torch.save(model.state_dict(), ...), from whoever made the file"
+            ) from error
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors; unpickling anything else could run code, so it is refused "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}). Get the "
-            "file again from its publisher"
+            f"({type(error).__name__}: {reason}). Get the file again from its publisher"
         ) from error
     container = container or (None if source is None else source.container)
     if container is not None:
@@ -230,10 +241,11 @@ def _read_published(path: Path, card: ModelCard | None, sha256: str, container: 
         inside = [key for key, value in loaded.items() if isinstance(key, str) and _is_state(value)]
         if len(inside) != 1:
             strangers = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
+            strangers = strangers or [repr(key) for key in loaded if not isinstance(key, str)]
             raise CheckpointError(
                 f"{path} holds several sets of weights: {_listed(inside)}; say which: container={inside[0]!r}"
                 if inside
-                else f"{path} is no state_dict and holds none; not tensors: {_listed(strangers)}"
+                else f"{path} is no state_dict and holds none; not tensors: {_listed(strangers) or 'it is empty'}"
             )
         _log.info("%s: taking the weights under %r", path, inside[0])
         loaded = loaded[inside[0]]
@@ -294,16 +306,14 @@ def _load_state(
 
     def fits(key: str) -> bool:
         same_kind = taken[key].is_floating_point() == expected[key].is_floating_point()
-        return same_kind and taken[key].shape == expected[key].shape
+        dense = taken[key].layout == torch.strided and taken[key].device == expected[key].device
+        return same_kind and dense and taken[key].shape == expected[key].shape
 
     missing = [key for key in expected if key not in taken and key not in replaced]
     unexpected = [key for key in taken if key not in expected]
     misfits = [key for key in taken if key in expected and not fits(key)]
     if missing or unexpected or misfits:
-        shapes = [
-            f"{key} {list(taken[key].shape)} {taken[key].dtype} for {list(expected[key].shape)} {expected[key].dtype}"
-            for key in misfits
-        ]
+        shapes = [f"{key} {_described(taken[key])} for {_described(expected[key])}" for key in misfits]
         parts = [("missing", missing), ("unexpected", unexpected), ("other shape or type", shapes)]
         found = "; ".join(f"{what}: {_listed(names)}" for what, names in parts if names)
         only_classes = not missing and not unexpected and set(misfits) <= set(described.class_keys)
@@ -319,6 +329,11 @@ def _load_state(
     _check_finite(path, taken)
     model.load_state_dict({**expected, **taken}, strict=True)
     return replaced
+
+
+def _described(tensor: Tensor) -> str:
+    kind = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+    return f"{list(tensor.shape)} {tensor.dtype}{kind}" + ("" if tensor.device.type == "cpu" else f" {tensor.device}")
 
 
 def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin
 
 import torch
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from models_zoo.cards import ModelCard
@@ -87,9 +88,16 @@ def _describes(name: str, found: _Candidate, options: set[str]) -> bool:
     card, fields = get_card(name), type(found.model.declared).model_fields
     return card.architecture == found.architecture and all(
         card.options.get(key, fields[key].default) == found.model.options[key]
-        for key in options & fields.keys()
+        for key in (options | {key for key, field in fields.items() if _choices(field)}) & fields.keys()
         if key != "width"  # follows from the architecture's name
     )
+
+
+def _choices(field: FieldInfo) -> tuple[Any, ...]:
+    """Return the values an option can have where they are few (heads, switches), else none."""
+    if get_origin(field.annotation) is Literal:
+        return get_args(field.annotation)
+    return (True, False) if field.annotation is bool else ()
 
 
 def _description(architecture: str, options: Mapping[str, Any], named: set[str]) -> str:
@@ -100,10 +108,7 @@ def _description(architecture: str, options: Mapping[str, Any], named: set[str])
 def _variations(candidate: _Candidate) -> Iterator[dict[str, Any]]:
     """Yield options that differ from the candidate's in one choice out of a few (heads, switches)."""
     for name, field in type(candidate.model.declared).model_fields.items():
-        values = (True, False) if field.annotation is bool else ()
-        if get_origin(field.annotation) is Literal:
-            values = get_args(field.annotation)
-        for value in values:
+        for value in _choices(field):
             if value != candidate.model.options[name]:
                 yield {**candidate.options, name: value}
 

@@ -279,14 +279,21 @@ class Malicious:
         return os.system, (self.command,)
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
-def test_a_malicious_pickle_does_not_run(tmp_path, write):
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (torch.save, r"holds more than tensors: \w+\.system; .* could run code, so it is refused"),
+        (lambda value, path: path.write_bytes(pickle.dumps(value)), "could run code, so it is refused"),
+    ],
+)
+def test_a_malicious_pickle_does_not_run(tmp_path, write, says):
     witness = tmp_path / "it-ran"
     path = tmp_path / "model.pt"
     write({"features.0.0.weight": Malicious(f"touch {witness}")}, path)
     pickle_bytes = pickle.dumps(Malicious(f"touch {witness}"))
-    with pytest.raises(CheckpointError, match="could run code, so it is refused"):
+    with pytest.raises(CheckpointError, match=says) as caught:
         load_checkpoint(path, "mn01_as")
+    assert "weights_only" not in str(caught.value), "no advice to load it all the same"
     assert not witness.exists()
     pickle.loads(pickle_bytes)
     assert witness.exists(), "the trap itself does not work, so the test proves nothing"
@@ -391,6 +398,8 @@ def test_a_network_that_is_no_wrapper_keeps_its_names(tmp_path):
         ("mn04", {"reduced_tail": True}, "mn04_as", "width 0.4, reduced_tail True, head 'mlp', 527 classes; the card "
          "is mn04 with width 0.4, reduced_tail False"),
         ("dymn04", {}, "mn04_as", "is dymn04 with width 0.4, 527 classes.*; the card is mn04"),
+        ("dymn04", {}, "dymn10_as", "is dymn04 with width 0.4, 527 classes (cards like that: dymn04_as, dymn04_im); "
+         "the card is dymn10 with width 1.0"),
         ("dymn04", {"use_dy_blocks": "replace_se"}, "mn04_as", "is dymn04 with width 0.4, use_dy_blocks 'replace_se'"),
         ("mn", {"width": 0.3}, "mn10_as", "names of mn\\d\\d's, but the shapes of no width here; the card is mn10"),
         ("mn04", {"num_classes": 0}, "mn10_im", "is mn04 with width 0.4, head 'mlp', no classes"),
@@ -408,6 +417,28 @@ def test_a_stranger_looks_like_nothing(tmp_path):
     torch.save({"encoder.weight": torch.zeros(3), "decoder.weight": torch.zeros(3)}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match="its entries are those of no architecture here; the card is mn10"):
         load_checkpoint(tmp_path / "m.pt", "mn10_as")
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (lambda weight: weight.to_sparse(), "torch.sparse_coo"),
+        (lambda weight: weight.to("meta"), "meta"),
+        (lambda weight: weight.to(torch.complex64), "torch.complex64"),
+    ],
+)
+def test_tensors_of_another_kind_are_named(tmp_path, broken, says):
+    state = create_model("mn01").state_dict()
+    torch.save({**state, "features.0.0.weight": broken(state["features.0.0.weight"])}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=rf"other shape or type: features\.0\.0\.weight .*{says}"):
+        load_checkpoint(tmp_path / "m.pt", "mn01_as")
+
+
+@pytest.mark.parametrize(("content", "says"), [({}, "it is empty"), ({1: torch.zeros(2)}, "not tensors: 1")])
+def test_a_dict_that_names_no_tensor(tmp_path, content, says):
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=says):
+        load_checkpoint(tmp_path / "m.pt", "mn01_as")
 
 
 def test_the_card_follows_the_head_in_what_it_costs(saved, example):
