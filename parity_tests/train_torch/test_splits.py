@@ -157,9 +157,10 @@ def test_test_speakers_are_kept_from_training_even_where_validation_is_by_file()
         )
         for i in range(40)
     ]
-    split = split_dataset(
-        Dataset(tuple(records), CLASSES[:2], Path("/clips")), split_by="speaker", hold_out=("s1",), validate_by="file"
-    )
+    whole = Dataset(tuple(records), CLASSES[:2], Path("/clips"))
+    with pytest.raises(DataError, match=r"speaker s\d' in \['train', 'validation'\]"):
+        split_dataset(whole, split_by="speaker", hold_out=("s1",))
+    split = split_dataset(whole, split_by="speaker", hold_out=("s1",), validate_by="file")
     assert not shared(split, "speaker", "train", "test")
     assert shared(split, "speaker", "train", "validation"), "as asked for"
 
