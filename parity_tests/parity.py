@@ -30,7 +30,7 @@ from parity_tests import tolerances
 from parity_tests.feature_rule import FeatureDifference, Levels, difference_by_level, mel_levels
 from parity_tests.tolerances import FeatureLimit
 from train_torch.checkpoint import load_checkpoint
-from train_torch.frontend import TorchFrontend
+from train_torch.frontend import TorchFrontend, network_inputs
 
 __all__ = ["ParityReport", "StageReport", "TorchPath", "compare_stages", "run_parity"]
 
@@ -145,8 +145,9 @@ class TorchPath:
     def outputs(self, waveform: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """Return the module's outputs by name for the legal segments of ``(num_samples,)``."""
         with torch.no_grad():
-            features = self.frontend(torch.from_numpy(legal_segments(waveform, self.card)))
-            return {name: value.numpy() for name, value in self.model(features=features).items()}
+            segments = torch.from_numpy(legal_segments(waveform, self.card))
+            fed = network_inputs(self.card.inputs, self.frontend, segments)
+            return {name: value.numpy() for name, value in self.model(**fed).items()}
 
     def predict(self, waveform: NDArray[np.float32]) -> Prediction:
         """Return the answer for ``(num_samples,)`` float32."""
@@ -356,7 +357,9 @@ def _score(
         if torch_says.logits is not None and tf_says.logits is not None:
             apart = float(np.abs(torch_says.logits - tf_says.logits).max()) / spread
             reports["logits"].add(clip, _ratio(apart, tolerances.LOGITS), f"{apart:.1e} of max(1, std {spread:.2f})")
-        apart = float(np.abs(torch_says.probabilities - tf_says.probabilities).max())
+        apart = _apart(torch_says.probabilities, tf_says.probabilities)
+        if torch_says.frame_probabilities is not None or tf_says.frame_probabilities is not None:
+            apart = max(apart, _apart(torch_says.frame_probabilities, tf_says.frame_probabilities))
         reports["probabilities"].add(clip, _ratio(apart, tolerances.PROBABILITIES), f"{apart:.1e}")
         decisions = [_decision(prediction, card) for prediction in (torch_says, tf_says)]
         same = decisions[0] == decisions[1]
@@ -364,6 +367,12 @@ def _score(
         if not same:
             changed.append((clip, ";".join(decisions[0]), ";".join(decisions[1])))
     return changed
+
+
+def _apart(one: NDArray[np.float32] | None, other: NDArray[np.float32] | None) -> float:
+    if one is None or other is None or one.shape != other.shape:
+        return np.inf
+    return float(np.abs(one - other).max())
 
 
 def _ratio(value: float, limit: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models_zoo.errors import SpecError, WaveformError
+from models_zoo.cards import ModelInput
+from models_zoo.errors import CardError, SpecError, WaveformError
 from models_zoo.filterbanks import analysis_tables, mel_recipe
 from models_zoo.specs import FrontendSpec, Statistics
 
-__all__ = ["MelJitter", "MixStyle", "Mixing", "SpecMasks", "TorchFrontend"]
+__all__ = ["MelJitter", "MixStyle", "Mixing", "SpecMasks", "TorchFrontend", "network_inputs"]
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,27 @@ class TorchFrontend(nn.Module):
         for position in spec.unit_axes:
             y = y.unsqueeze(position)
         return y.contiguous()
+
+
+def network_inputs(inputs: Sequence[ModelInput], frontend: TorchFrontend, waveform: Tensor) -> dict[str, Tensor]:
+    """Return what a network takes, by name, of ``(batch, num_samples)`` waveforms: features, waveform or both.
+
+    Args:
+        inputs: of the network's card; each comes from the front end or is the waveform itself.
+        frontend: of the card; not computed where no input comes from it.
+        waveform: see :meth:`TorchFrontend.forward`.
+
+    Raises:
+        CardError: an input comes from elsewhere.
+    """
+    made = {}
+    for part in inputs:
+        if part.source not in ("frontend", "waveform"):
+            raise CardError(
+                f"inputs: {part.name!r} comes from {part.source!r}; expected frontend or waveform", field="inputs"
+            )
+        made[part.name] = frontend(waveform) if part.source == "frontend" else waveform
+    return made
 
 
 def _masked(y: Tensor, masks: SpecMasks) -> Tensor:

@@ -12,7 +12,7 @@ from models_zoo.cards import ModelCard
 from models_zoo.ensembles import Mean, check_members, common_policy, normalised_weights
 from models_zoo.errors import CardError
 from train_torch.checkpoint import load_checkpoint
-from train_torch.frontend import TorchFrontend
+from train_torch.frontend import TorchFrontend, network_inputs
 from train_torch.models import new_card
 from train_torch.models.combined import Combined, CombinedOptions, Member
 
@@ -84,7 +84,7 @@ class Ensemble(nn.Module):
             for card, frontend, model in zip(self.cards, self.frontends, self.models, strict=True):
                 output = card.clip_output()
                 assert output is not None
-                answers.append(model(**{card.inputs[0].name: frontend(waveform)})[output.name].float())
+                answers.append(model(**network_inputs(card.inputs, frontend, waveform))[output.name].float())
         return {"logits": torch.stack(answers).mean(dim=0)}
 
 
