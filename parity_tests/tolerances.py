@@ -99,9 +99,10 @@ GOLDEN_LOGITS = 1e-4
 GOLDEN_STAGES = 1e-4
 
 # PANNs' logits and embeddings on such weights, relative to the largest of a case: they reach 4e5 where the weights do
-# not fit the features. Worst 2.1e-6 (mobilenetv2). Probabilities and log-probabilities, absolute: worst 5.3e-5 (transfer
-# model, of log-probabilities down to -125), but for a ResNet38 with logits of 4e4, whose sigmoid turns a difference of
-# 0.02 into 1.5e-3. Mean, deviation, least and largest value of stages, relative to the largest of the four.
+# not fit the features. Worst 2.1e-6 (mobilenetv2). Probabilities and log-probabilities, absolute: worst 5.3e-5 (the
+# transfer model, of log-probabilities down to -125), but for a ResNet38 with logits of 4e4, whose sigmoid turns a
+# difference of 0.02 into 1.5e-3. Mean, deviation, least and largest value of stages, relative to the largest of the
+# four.
 GOLDEN_PANNS = 1e-5
 GOLDEN_PANNS_PROBABILITIES = 1e-4
 GOLDEN_PANNS_STAGES = 1e-5
@@ -136,5 +137,6 @@ SILENCE = {"panns": 1e-5, "other": 1e-6}
 # loses digits. Worst 4.9e-5 (a class weight).
 LOSSES = 6e-5
 
-# Absolute, analytic slopes of the float32 losses against differences over 2e-2: the third derivative and rounding. Worst 6.4e-6.
+# Absolute, analytic slopes of the float32 losses against differences over 2e-2: the third derivative and rounding.
+# Worst 6.4e-6.
 LOSS_SLOPE = 5e-5

@@ -49,10 +49,9 @@ def scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
-def xavier(*layers: nn.Module) -> None:
-    """Initialise convolutions and linear layers as the published code does: Xavier uniform, no bias."""
+def xavier(*layers: nn.Conv1d | nn.Conv2d | nn.Linear) -> None:
+    """Initialise convolutions and linear layers as the published code does: Xavier uniform, biases 0."""
     for layer in layers:
-        assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear))
         nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
