@@ -123,6 +123,8 @@ def load_checkpoint(
         given = own or given
     else:
         state = _read_published(path, given, sha256, container)
+        if given is not None and "warning" in given.provenance and published_as(path.name) != given.name:
+            _log.warning("%s, taken as %r: %s", path, given.name, given.provenance["warning"])
     if given is None:
         raise CheckpointError(
             f"{path} holds no card, so nothing says which model it is; name one: load_checkpoint(path, 'mn10_as') "

@@ -365,9 +365,9 @@ def test_a_twin_of_the_same_names_and_shapes_is_named(tmp_path):
         load_checkpoint(tmp_path / "some.pth", get_card("cnn6").replace(checkpoint=None))
 
 
-def test_pooling_variants_cannot_be_told_apart(published):
+def test_pooling_variants_cannot_be_told_apart(published, tmp_path, caplog):
     """Why their cards carry a warning: the file of one is loaded as another, and answers otherwise."""
-    path, model, _ = published
+    path, model, card = published
     shared = {key: value for key, value in model.options.items() if key != "embedding"}
     other = on_paper("cnn14_decisionlevelmax", **shared)
     loaded = load_checkpoint(path, card_of(other, "cnn14_decisionlevelmax", task="multi_label"))
@@ -375,6 +375,15 @@ def test_pooling_variants_cannot_be_told_apart(published):
     inputs = noise_inputs(model, 2, 64)
     apart = answers(loaded.model, **inputs)["logits"] - answers(model, **inputs)["logits"]
     assert apart.abs().max() > 0.01
+
+    warned = card.replace(name="cnn14", provenance=get_card("cnn14").provenance)
+    load_checkpoint(path, warned)
+    assert "only the file's name tells" in caplog.text
+    caplog.clear()
+    named = tmp_path / get_card("cnn14").checkpoint.file
+    named.write_bytes(path.read_bytes())
+    load_checkpoint(named, warned)
+    assert caplog.text == ""
 
 
 def test_a_bare_network_becomes_the_base_of_a_transfer(published):
