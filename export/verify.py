@@ -29,6 +29,10 @@ __all__ = ["TOLERANCE", "Verification", "example_inputs", "legal_lengths", "veri
 TOLERANCE = 1e-4
 """Bar on max |a - b| / max(1, standard deviation of the reference), for every output of every case."""
 
+_LOUDNESS = (0.1, 0.01, 0.001)
+"""Of the noise the answers are compared on, first that of recordings. A dynamic network of few epochs may answer noise
+with 1e8, and in float32 with something else each time, in torch itself as well; quieter noise it then has to answer."""
+
 _POLE = 0.99
 """Of the first-order filter that colours the noise of :func:`example_inputs`."""
 
@@ -47,6 +51,7 @@ class Verification:
         worst: largest max |a - b| / max(1, standard deviation of the reference) over all cases and outputs.
         worst_case: where that was.
         tolerance: the bar ``worst`` stayed under.
+        quieter: cases repeated with quieter noise, because to the first the model's own float32 answer was off.
         versions: of the libraries that ran both sides.
     """
 
@@ -56,6 +61,7 @@ class Verification:
     worst: float
     worst_case: str
     tolerance: float
+    quieter: int
     versions: dict[str, str]
 
     def to_json(self) -> str:
@@ -99,19 +105,27 @@ def verify_onnx(
         raise VerificationError(f"onnxruntime cannot load {path.name}: {error}") from error
     _check_interface(session, card)
 
-    worst, worst_case = 0.0, ""
+    worst, worst_case, quieter = 0.0, "", 0
     done: list[tuple[int, int]] = []
     cases = list(_cases(card, lengths, batches))
     for num_samples, batch in tqdm(cases, desc="verifying", unit="case", disable=not progress):
-        inputs = example_inputs(card, num_samples, batch)
-        with torch.no_grad():
-            expected = reference(**inputs)
-        got = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-        for output, actual in zip(card.outputs, got, strict=True):
-            case = f"{output.name} of {batch} x {num_samples} samples"
-            difference = _difference(case, expected[output.name].numpy(), actual)
-            if difference >= worst:
-                worst, worst_case = difference, case
+        for loudness in _LOUDNESS:
+            inputs = example_inputs(card, num_samples, batch, loudness=loudness)
+            with torch.no_grad():
+                expected = reference(**inputs)
+            got = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+            differences = {
+                f"{output.name} of {batch} x {num_samples} samples": (expected[output.name].numpy(), actual)
+                for output, actual in zip(card.outputs, got, strict=True)
+            }
+            case, difference = max(
+                ((case, _difference(case, *pair)) for case, pair in differences.items()), key=lambda found: found[1]
+            )
+            if difference <= TOLERANCE or _is_reproducible(reference, inputs, expected):
+                break
+            quieter += 1
+        if difference >= worst:
+            worst, worst_case = difference, case
         done.append((num_samples, batch))
     if not worst <= TOLERANCE:
         raise VerificationError(
@@ -125,23 +139,33 @@ def verify_onnx(
         worst=worst,
         worst_case=worst_case,
         tolerance=TOLERANCE,
+        quieter=quieter,
         versions={"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
     )
 
 
-def example_inputs(card: ModelCard, num_samples: int, batch: int) -> dict[str, Tensor]:
+def _is_reproducible(model: nn.Module, inputs: dict[str, Tensor], answers: dict[str, Tensor]) -> bool:
+    """Return whether ``model`` answers in float32 as it does in float64, so that anybody else could."""
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(**{name: tensor.double() for name, tensor in inputs.items()})
+    return all(
+        float((answer - exact[name]).abs().max()) <= TOLERANCE / 2 * max(1.0, float(exact[name].std(correction=0)))
+        for name, answer in answers.items()
+    )
+
+
+def example_inputs(card: ModelCard, num_samples: int, batch: int, *, loudness: float = 0.1) -> dict[str, Tensor]:
     """Return inputs by name for ``(batch, num_samples)`` of seeded noise, each item half as loud as the one before.
 
-    The noise is as loud as recordings are (the first item 0.1 in the mean square's root) and falls by 6 dB per octave
-    above 50 Hz at 32 kHz, as they do. To loud white noise a DyMN of few epochs may answer with 1e8, and float32 with
-    something else each time.
+    The noise falls by 6 dB per octave above 50 Hz at 32 kHz, as recordings do; ``loudness`` is the root of the mean
+    square of the first item.
 
     Raises:
         ExportError: an input comes from neither the front end nor the waveform.
     """
     noise = np.random.default_rng(num_samples).standard_normal((batch, num_samples))
     noise = signal.lfilter([1 - _POLE**2], [1, -_POLE], noise)
-    noise *= 0.1 * 0.5 ** np.arange(batch)[:, None] / np.sqrt(1 - _POLE**2)
+    noise *= loudness * 0.5 ** np.arange(batch)[:, None] / np.sqrt(1 - _POLE**2)
     waveform = torch.from_numpy(noise.clip(-1, 1).astype(np.float32))
     inputs = {}
     for part in card.inputs:

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
-from export import exporter
+from export import exporter, verify
 from export.exporter import CHECKPOINT_KEY, EXPORTER_KEY, OPSET_KEY, OPSETS, export_checkpoint, export_onnx
 from export.verify import example_inputs, legal_lengths, verify_onnx
 from models_zoo.cards import CARD_KEY, VERIFICATION_KEY, LengthPolicy, ModelCard
@@ -409,3 +409,55 @@ def test_labels_that_cannot_be_used(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         export_checkpoint(tmp_path / "m.safetensors", tmp_path / "m.onnx", labels_file=path)
+
+
+class _Explosive(torch.nn.Module):
+    """Answers loud clips with what float32 cannot hold, as a dynamic network of few epochs does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, features):
+        answers = self.model(features=features)
+        loud = (features.mean((1, 2), keepdim=True)[:, 0] > 0).to(features.dtype) * 1e9
+        return {name: (answer + loud) - loud for name, answer in answers.items()}
+
+
+def test_what_float32_cannot_hold_is_known_from_float64():
+    model = lively("mn01", num_classes=3)
+    features = torch.randn(2, 128, 40, generator=torch.Generator().manual_seed(0))
+    for offset, holds in ((-1.0, True), (1.0, False)):
+        inputs = {"features": features + offset}
+        with torch.no_grad():
+            answers = _Explosive(model)(**inputs)
+        assert verify._is_reproducible(_Explosive(model), inputs, answers) is holds
+
+
+def test_a_case_is_repeated_quieter_only_where_the_model_itself_is_off(example, exported, monkeypatch):
+    heard = []
+    original, difference = verify.example_inputs, verify._difference
+
+    def listen(card, num_samples, batch, *, loudness):
+        heard.append(loudness)
+        return original(card, num_samples, batch, loudness=loudness)
+
+    monkeypatch.setattr(verify, "example_inputs", listen)
+    done = verify_onnx(exported, *example, lengths=[3200], batches=[1])
+    assert (heard, done.quieter) == ([0.1], 0)
+
+    far = iter([1.0] * len(example[1].outputs))
+    monkeypatch.setattr(verify, "_difference", lambda *args: next(far, None) or difference(*args))
+    monkeypatch.setattr(verify, "_is_reproducible", lambda *_: False)
+    heard.clear()
+    done = verify_onnx(exported, *example, lengths=[3200], batches=[1])
+    assert (heard, done.quieter, done.worst <= LOGITS) == ([0.1, 0.01], 1, True)
+
+    monkeypatch.setattr(verify, "_difference", lambda *_: 1.0)
+    with pytest.raises(VerificationError, match="departs"):
+        verify_onnx(exported, *example, lengths=[3200], batches=[1])
+    monkeypatch.setattr(verify, "_is_reproducible", lambda *_: True)
+    heard.clear()
+    with pytest.raises(VerificationError, match="departs"):
+        verify_onnx(exported, *example, lengths=[3200], batches=[1])
+    assert heard == [0.1]
