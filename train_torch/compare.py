@@ -222,9 +222,7 @@ def _arms(recipes: Sequence[str | Path]) -> dict[str, Recipe]:
     for name, field in itertools.product(others, _PAIRED):
         values = getattr(arms[first], field), getattr(arms[name], field)
         if values[0] != values[1]:
-            raise DataError(
-                f"{field}: {first} has {values[0]!r}, {name} has {values[1]!r}; paired runs need the same"
-            )
+            raise DataError(f"{field}: {first} has {values[0]!r}, {name} has {values[1]!r}; paired runs need the same")
     return arms
 
 
