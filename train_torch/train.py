@@ -50,7 +50,7 @@ from train_torch.optim import check_temperature, freeze
 from train_torch.plots import plot_confusion, plot_learning_curves
 from train_torch.recipes import Recipe
 
-__all__ = ["fit"]
+__all__ = ["fit", "name_of"]
 
 _log = logging.getLogger(__name__)
 
