@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 FRONTEND_BAR = 0.8
+FRONTEND_BARS = {"mrms": 0.45}
 END_TO_END_BAR = 3.0
 OVERHEAD_BAR_MS = 2.0
 NETWORK_BARS = {"mn10_as": 4.0, "dymn10_as": 3.0}
@@ -85,8 +86,9 @@ def measure_frontends(seconds: float) -> Report:
     report = Report(
         "Front ends",
         ("system", "torch, published (ms)", "TensorFlow (ms)", "ratio", "largest difference"),
-        f"Waveform to features, 10 s, batch 1, one thread. Bar: ratio at most {FRONTEND_BAR}. The difference is in "
-        "output units (PANNs: dB).",
+        f"Waveform to features, 10 s, batch 1, one thread. Bar: ratio at most {FRONTEND_BAR}"
+        + "".join(f", {name} {bar}" for name, bar in FRONTEND_BARS.items())
+        + ". The difference is in output units (PANNs: dB).",
     )
     for name, published in PUBLISHED.items():
         spec = get_frontend(name)
@@ -103,7 +105,8 @@ def measure_frontends(seconds: float) -> Report:
         )
         ratio = times["tf"] / times["torch"]
         report.rows.append((name, f"{times['torch']:.2f}", f"{times['tf']:.2f}", f"{ratio:.2f}", f"{difference:.0e}"))
-        report.require(ratio <= FRONTEND_BAR, f"{name} takes {ratio:.2f} of torch's time, more than {FRONTEND_BAR}")
+        bar = FRONTEND_BARS.get(name, FRONTEND_BAR)
+        report.require(ratio <= bar, f"{name} takes {ratio:.2f} of torch's time, more than {bar}")
         report.require(difference <= SAME_FEATURES, f"{name} differs from the published features by {difference:.1e}")
     return report
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from infer_tf.backend import load_tensorflow
 from models_zoo.errors import WaveformError
-from models_zoo.filterbanks import analysis_tables
+from models_zoo.filterbanks import analysis_tables, mel_blocks
 from models_zoo.specs import STAGES, Frames, FrontendSpec, Statistics
 
 __all__ = ["TFFrontend"]
@@ -25,7 +25,7 @@ tf = load_tensorflow()  # imported without its notices on standard error
 class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
     """Waveform -> features in TensorFlow, stage by stage as the spec declares.
 
-    One explicit path (cut frames, window, ``tf.signal.rfft``, the FFT bins the mel matrix uses) serves every spec;
+    One explicit path (cut frames, window, ``tf.signal.rfft``, the FFT bins each mel filter uses) serves every spec;
     ``tf.signal.stft`` gives the same numbers and cannot express Kaldi's per-frame steps. The graph is compiled once:
     a new batch size or clip length does not retrace. Always float32, whatever Keras' global dtype policy.
 
@@ -37,6 +37,7 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
         super().__init__(**{**kwargs, "dtype": "float32", "trainable": False})
         self.spec = spec if isinstance(spec, FrontendSpec) else FrontendSpec.from_dict(spec)
         self._tables = analysis_tables(self.spec)
+        self._mel_blocks = mel_blocks(self._tables.mel)
         # A concrete function cannot retrace, and does not count towards TensorFlow's retracing warning.
         self._graph = self._compiled(self._features)
         self.built = True
@@ -170,13 +171,14 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
 
         spectra = []
         for frame in frames:
-            bins = tf.signal.rfft(frame, [framing.n_fft])[..., tables.bins]
+            bins = tf.signal.rfft(frame, [framing.n_fft])
             power = tf.square(tf.math.real(bins)) + tf.square(tf.math.imag(bins))
             spectra.append(power if spec.power == 2 else tf.sqrt(power))
-        spectrum = tf.stack(spectra, axis=1) if len(spectra) > 1 else spectra[0][:, None]
-        yield "spectrum", spectrum  # (batch, windows, T, bins)
+        yield "spectrum", tf.stack([spectrum[..., tables.bins] for spectrum in spectra], axis=1)  # (..., T, bins)
 
-        mel = tf.tensordot(spectrum, tables.mel, 1)
+        # Of each window by itself: spectra are large, and stacking them, or cutting unused bins off, moves them once
+        # more. The stage above is only put together where somebody reads it.
+        mel = tf.stack([self._mel(spectrum) for spectrum in spectra], axis=1)
         if framing.drop_first or framing.drop_last:
             mel = mel[:, :, framing.drop_first : tf.shape(mel)[2] - framing.drop_last]
         yield "mel", mel  # (batch, windows, T, n_mels)
@@ -211,6 +213,15 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
         yield "length", y
 
         yield "features", self._arrange(y)
+
+    def _mel(self, spectrum: Any) -> Any:
+        """Return ``(batch, T, n_mels)`` of one window's ``(batch, T, n_fft / 2 + 1)``."""
+        first = self._tables.bins.start
+        parts = [
+            tf.tensordot(spectrum[..., first + bins.start : first + bins.stop], block, 1)
+            for bins, block in self._mel_blocks
+        ]
+        return tf.concat(parts, axis=-1)
 
     def _arrange(self, y: Any) -> Any:
         """Return ``(batch, windows, T, n_mels)`` cut into patches and in the layout's order."""
