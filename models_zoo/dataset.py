@@ -2,9 +2,9 @@
 
 Three layouts are recognised, in this order:
 
-1. ``metadata.csv`` with the columns ``file`` and ``label`` and, if wanted, ``split``, ``speaker``, ``fold``,
-   ``recording``, ``absent``, ``onset`` and ``offset`` (seconds); other columns are ignored. Several labels are
-   separated by ``;``. A file may have several rows where each has its own onset and offset.
+1. ``metadata.csv`` with the columns ``file`` and ``label`` and, if wanted, ``weights``, ``split``, ``speaker``,
+   ``fold``, ``recording``, ``absent``, ``onset`` and ``offset`` (seconds); other columns are ignored. Several labels
+   are separated by ``;``. A file may have several rows where each has its own onset and offset.
 2. ESC-50's own: ``meta/esc50.csv`` (``filename``, ``fold``, ``target``, ``category``, and ``src_file`` where it is
    there, which is the recording) beside ``audio/``.
 3. A folder of class folders, at choice below folders named after splits: ``dog/1.wav`` or ``train/dog/1.wav``.
@@ -14,6 +14,9 @@ Files with the same ``recording`` were cut from one recording, and never part, h
 Where a table has the column ``absent``, it names the classes that are known not to be in a clip; a class named in
 neither column is unknown for that clip, and counts neither in training nor in metrics. Without the column every class
 that is not in ``label`` is absent.
+
+Where a table has the column ``weights``, it says how much of a clip each of its labels is: ``0.7;0.3`` beside the label
+``three;five``, never negative, one in sum. Without it, only clips of one label have a distribution: all of that label.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ class Record:
         split: ``train``, ``validation``, ``test``, or None where none was declared.
         speaker, fold: groups that must not be torn between splits, or None.
         recording: what it was cut from, or None for the file itself; never torn.
+        weights: per label how much of the recording it is, one in sum, or None where that is not said.
         absent: classes known not to be in it, the others being unknown; None where all others are absent.
         onset, offset: the stretch the labels hold for, in seconds, or None for the whole file.
     """
@@ -78,6 +82,7 @@ class Record:
     speaker: str | None = None
     fold: str | None = None
     recording: str | None = None
+    weights: tuple[float, ...] | None = None
     absent: tuple[str, ...] | None = None
     onset: float | None = None
     offset: float | None = None
@@ -138,6 +143,23 @@ class Dataset:
             targets[row, [index[label] for label in record.labels]] = 1
         return targets
 
+    def distributions(self) -> NDArray[np.float32]:
+        """Return ``(num_records, num_classes)`` float32, how much of a record each class is, one in sum.
+
+        Raises:
+            DataError: a record has not exactly one label, and no weights.
+        """
+        index = {label: i for i, label in enumerate(self.labels)}
+        targets = np.zeros((len(self.records), len(self.labels)), np.float32)
+        for row, record in enumerate(self.records):
+            if record.weights is None and (len(record.labels) != 1 or record.absent is not None):
+                raise DataError(
+                    f"{self.root}: {self.name_of(record)!r} is {';'.join(record.labels) or 'nothing known'}, without "
+                    "saying how much of each; add the column 'weights', e.g. 0.7;0.3 for three;five"
+                )
+            targets[row, [index[label] for label in record.labels]] = record.weights or (1.0,)
+        return targets
+
     def known(self) -> NDArray[np.bool_] | None:
         """Return ``(num_records, num_classes)``, whether a record is known to have or to lack a class; None for all."""
         if all(record.absent is None for record in self.records):
@@ -176,7 +198,8 @@ class Dataset:
     def by_file(self) -> Dataset:
         """Return one record per file with all its labels and no onset: clip labels from labelled stretches.
 
-        A class is absent from the file where it is from every stretch, and unknown where one leaves it open.
+        A class is absent from the file where it is from every stretch, and unknown where one leaves it open. Weights
+        hold for whole files, so stretches have none.
         """
         merged: dict[Path, Record] = {}
         for record in self.records:
@@ -490,6 +513,9 @@ def _read_table(path: Path) -> Dataset:
         if not row["label"] and not absent:
             raise DataError(f"{where}: empty 'label'; every row needs one, or a class that is known to be 'absent'")
         labels = _split_labels(row["label"], where) if row["label"] else ()
+        weights = _split_weights(row["weights"], labels, where) if "weights" in row else None
+        if weights is not None and (onset is not None or absent is not None):
+            raise DataError(f"{where}: 'weights' say what all of a file is made of; leave out onset, offset and absent")
         if set(labels) & set(absent or ()):
             raise DataError(f"{where}: {_some(sorted(set(labels) & set(absent or ())))} is in 'label' and in 'absent'")
         records.append(
@@ -500,6 +526,7 @@ def _read_table(path: Path) -> Dataset:
                 speaker=row.get("speaker") or None,
                 fold=row.get("fold") or None,
                 recording=row.get("recording") or None,
+                weights=weights,
                 absent=absent,
                 onset=onset,
                 offset=offset,
@@ -642,6 +669,22 @@ def _split_labels(text: str, where: str) -> tuple[str, ...]:
     if not all(labels) or len(set(labels)) < len(labels):
         raise DataError(f"{where}: got label {text!r}; expected distinct names separated by ';', none of them empty")
     return labels
+
+
+def _split_weights(text: str, labels: tuple[str, ...], where: str) -> tuple[float, ...]:
+    """Return a weight per label; what is lost to rounding is shared out, so that they are one in sum."""
+    try:
+        weights = [float(weight) for weight in text.split(";")]
+    except ValueError:
+        weights = []
+    total = sum(weights)
+    # Written so that NaN fails as well.
+    if len(weights) != len(labels) or not all(weight >= 0 for weight in weights) or not abs(total - 1) <= 1e-3:
+        raise DataError(
+            f"{where}: got weights {text!r}, {total:g} in sum, for label {';'.join(labels)!r}; expected {len(labels)}, "
+            "separated by ';', none negative, 1 in sum (within 0.001)"
+        )
+    return tuple(weight / total for weight in weights)
 
 
 def _split_name(name: str, where: str) -> str:

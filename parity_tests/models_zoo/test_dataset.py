@@ -106,6 +106,29 @@ def test_a_class_is_absent_from_a_file_only_where_it_is_from_every_stretch(tmp_p
     assert record.absent == ("owl",)
 
 
+def test_weights_of_the_labels(tmp_path: Path) -> None:
+    folder_with(tmp_path, "a.wav", "b.wav", "c.wav")
+    text = "file,label,weights\na.wav,three;five,0.7;0.3\nb.wav,five,1\nc.wav,one;five;three,0.3333;0.3333;0.3333\n"
+    dataset = read_dataset(table(tmp_path, text))
+    assert dataset.labels == ("five", "one", "three")
+    assert [record.weights for record in dataset.records[:2]] == [(0.7, 0.3), (1.0,)]
+    np.testing.assert_allclose(dataset.distributions(), [[0.3, 0, 0.7], [1, 0, 0], [1 / 3] * 3], rtol=1e-6)
+    np.testing.assert_array_equal(dataset.distributions().sum(axis=1, dtype=np.float64).round(6), 1)
+    np.testing.assert_array_equal(dataset.multi_hot(), [[1, 0, 1], [1, 0, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(dataset.by_file().distributions(), dataset.distributions())
+    turned = dataset.with_labels(("three", "two", "one", "five"))
+    np.testing.assert_allclose(turned.distributions()[0], [0.7, 0, 0, 0.3])
+
+
+def test_without_weights_a_clip_is_all_of_its_one_label(tmp_path: Path) -> None:
+    folder_with(tmp_path, "a.wav", "b.wav")
+    one = read_dataset(table(tmp_path, "file,label\na.wav,dog\nb.wav,cat\n"))
+    np.testing.assert_array_equal(one.distributions(), one.multi_hot())
+    for text in ("file,label\na.wav,dog\nb.wav,cat;dog\n", "file,label,absent\na.wav,dog,\nb.wav,cat,dog\n"):
+        with pytest.raises(DataError, match="without saying how much of each; add the column 'weights'"):
+            read_dataset(table(tmp_path, text)).distributions()
+
+
 def test_files_of_one_recording(tmp_path: Path) -> None:
     names = [f"{take}{cut}.wav" for take in "abcdefghij" for cut in range(3)]
     folder_with(tmp_path, *names)
@@ -190,6 +213,17 @@ def test_class_folders_below_splits(tmp_path: Path) -> None:
         ("file,label,split,onset,offset\na.wav,dog,train,0,1\na.wav,dog,test,2,3\n", "more than one split"),
         ("file,label,speaker,onset,offset\na.wav,dog,ann,0,1\na.wav,dog,bob,2,3\n", "different speakers"),
         ('file,label\n"a.wav,dog\n', "not a CSV table"),
+        ("file,label,weights\na.wav,dog;cat,0.7;-0.3\n", r"metadata\.csv:2: got weights '0.7;-0.3'.*none negative"),
+        ("file,label,weights\na.wav,dog,1\nb.wav,dog;cat,1.3;-0.3\n", r"metadata\.csv:3: .*none negative"),
+        ("file,label,weights\na.wav,dog;cat,0.7;0.2\n", "0.9 in sum.*1 in sum"),
+        ("file,label,weights\na.wav,dog;cat,0.701;0.301\n", "1.002 in sum"),
+        ("file,label,weights\na.wav,dog;cat,1\n", "expected 2, separated by ';'"),
+        ("file,label,weights\na.wav,dog,\n", "expected 1, separated by ';'"),
+        ("file,label,weights\na.wav,dog;cat,half;half\n", "got weights 'half;half'"),
+        ("file,label,weights\na.wav,dog;cat,nan;1\n", "got weights 'nan;1'"),
+        ("file,label,weights\na.wav,dog;cat,inf;-inf\n", "got weights 'inf;-inf'"),
+        ("file,label,weights,onset,offset\na.wav,dog;cat,0.5;0.5,0,1\n", "leave out onset, offset and absent"),
+        ("file,label,weights,absent\na.wav,dog;cat,0.5;0.5,cow\n", "leave out onset, offset and absent"),
     ],
 )
 def test_tables_that_are_refused(tmp_path: Path, text: str, words: str) -> None:
