@@ -27,9 +27,12 @@ class Report:
     Attributes:
         labels: the card's class names.
         num_clips: recordings scored.
-        measures: name -> value; ``accuracy`` and ``balanced_accuracy`` where every recording has one label.
+        measures: name -> value; ``accuracy`` and ``balanced_accuracy`` where every recording has one label. Of a model
+            of distributions ``kl_divergence``, and ``kl_divergence_uniform``: what it would be if every answer were
+            that all classes are alike.
         per_class: per label its number of recordings (``clips``), ``average_precision``, ``auc`` and, with one label
-            per recording, ``recall`` and ``precision``; NaN where a class has none.
+            per recording, ``recall`` and ``precision``; NaN where a class has none. Of a model of distributions the
+            recordings it has a share in, its ``mean_weight``, and the ``mean_answer``.
         confusion: ``(num_classes, num_classes)`` counts, rows the truth, or None with several labels.
     """
 
@@ -63,18 +66,23 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
     on standard error where that is a terminal.
 
     Raises:
-        DataError: the data has labels the model does not have, or no recordings.
+        DataError: the data has labels the model does not have, or no recordings; or, for a model of distributions,
+            recordings of several labels without weights.
         AudioDecodeError, WaveformError: a recording cannot be scored; the message names it.
     """
     labels = _matching_labels(classifier, dataset)
     dataset = dataset.with_labels(labels)
-    targets, known = dataset.multi_hot().astype(np.int64), dataset.known()
+    distributed = classifier.card.task == "label_distribution"
+    targets = dataset.distributions() if distributed else dataset.multi_hot().astype(np.int64)
+    known = dataset.known()
     scores = np.stack(
         [
             _probabilities(classifier, record)
             for record in tqdm(dataset.records, unit="file", file=sys.stderr, disable=None)
         ]
     )
+    if distributed:
+        return _distribution_report(labels, targets, scores)
     precision = metrics.average_precision(targets, scores, known)
     auc = metrics.roc_auc(targets, scores, known)
     mean_auc = metrics.mean_roc_auc(targets, scores, known)
@@ -101,6 +109,23 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
             per_class[label]["recall"] = right / asked if asked else float("nan")
             per_class[label]["precision"] = right / answered if answered else float("nan")
     return Report(labels, len(dataset), measures, per_class, confusion)
+
+
+def _distribution_report(labels: tuple[str, ...], targets: NDArray[Any], scores: NDArray[np.float32]) -> Report:
+    uniform = np.full(targets.shape, 1 / len(labels))
+    measures = {
+        "kl_divergence": float(metrics.kl_divergence(targets, scores).mean()),
+        "kl_divergence_uniform": float(metrics.kl_divergence(targets, uniform).mean()),
+    }
+    per_class = {
+        label: {
+            "clips": float((targets[:, i] > 0).sum()),
+            "mean_weight": float(targets[:, i].mean()),
+            "mean_answer": float(scores[:, i].mean()),
+        }
+        for i, label in enumerate(labels)
+    }
+    return Report(labels, len(targets), measures, per_class, None)
 
 
 def _matching_labels(classifier: TFAudioClassifier, dataset: Dataset) -> tuple[str, ...]:
@@ -141,9 +166,10 @@ def _probabilities(classifier: TFAudioClassifier, record: Record) -> NDArray[np.
 
 def report_lines(report: Report) -> Iterator[str]:
     """Yield the lines of a table of ``report`` for people."""
+    width = max(18, *map(len, report.measures))
     for name, value in report.measures.items():
-        yield f"{name:<18} {value:.4f}"
-    columns = ["clips", "recall", "precision", "average_precision", "auc"]
+        yield f"{name:<{width}} {value:.4f}"
+    columns = ["clips", "recall", "precision", "average_precision", "auc", "mean_weight", "mean_answer"]
     columns = [column for column in columns if column in next(iter(report.per_class.values()))]
     width = max(len("class"), *(len(label) for label in report.labels))
     yield ""

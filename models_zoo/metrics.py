@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri
+from scipy.special import ndtri, xlogy
 
 from models_zoo.errors import DataError
 
@@ -20,6 +20,7 @@ __all__ = [
     "balanced_accuracy",
     "confusion_matrix",
     "d_prime",
+    "kl_divergence",
     "mean_average_precision",
     "mean_roc_auc",
     "roc_auc",
@@ -121,6 +122,33 @@ def d_prime(auc: ArrayLike) -> NDArray[np.float64]:
     Infinite at 0 and 1, nan where ``auc`` is. AudioSet's custom is d' of the mean AUC, not the mean of d'.
     """
     return np.asarray(np.sqrt(2.0) * ndtri(np.asarray(auc, np.float64)), np.float64)
+
+
+def kl_divergence(targets: ArrayLike, probabilities: ArrayLike) -> NDArray[np.float64]:
+    """Return ``(num_clips,)``: how far an answer is from the distribution of its clip, 0 for the distribution itself.
+
+    The Kullback-Leibler divergence, the sum over the classes of y (ln y - ln p) with 0 ln 0 = 0, in nats.
+    Probabilities below the smallest normal float32 (1.2e-38) count as that, so that none is infinite.
+
+    Args:
+        targets: ``(num_clips, num_classes)``, never negative, each row 1 in sum.
+        probabilities: the same shape, in [0, 1].
+
+    Raises:
+        DataError: shapes that do not fit, or rows that are no distributions; names the first.
+    """
+    true, answer = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
+    if true.ndim != 2 or true.shape != answer.shape or not true.size:
+        raise DataError(f"got targets {true.shape} and probabilities {answer.shape}; expected (num_clips, num_classes)")
+    for name, rows in (("targets", true), ("probabilities", answer)):
+        wrong = np.flatnonzero(~((rows >= 0).all(axis=1) & (np.abs(rows.sum(axis=1) - 1) <= 1e-3)))
+        if wrong.size:
+            raise DataError(
+                f"{name} of clip {wrong[0]}: got {rows[wrong[0]].tolist()}; expected a distribution, never negative, "
+                "1 in sum (within 0.001)"
+            )
+    floor = float(np.finfo(np.float32).tiny)
+    return np.asarray((xlogy(true, true) - xlogy(true, np.maximum(answer, floor))).sum(axis=1), np.float64)
 
 
 def _indices(targets: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,4 +1,5 @@
-"""The training command: ``python -m train_torch fit | evaluate | teach | compare | soundscapes | recipes``.
+"""The training command: ``python -m train_torch fit | evaluate | teach | compare | soundscapes |
+mixtures | recipes``.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 fine, 2 bad data, options or environment (one line).
 """
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe = fit.add_argument_group("recipe fields")
     recipe.add_argument("--model", help="architecture, e.g. mn04, mn10")
     recipe.add_argument("--frontend", help="front-end preset, e.g. efficientat, efficientat_mels64")
-    recipe.add_argument("--task", choices=("single_label", "multi_label"))
+    recipe.add_argument("--task", choices=("single_label", "multi_label", "label_distribution"))
     recipe.add_argument("--epochs", type=int)
     recipe.add_argument("--batch-size", type=int)
     recipe.add_argument("--lr", type=float, help="peak learning rate")
@@ -174,6 +175,25 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--seed", type=int, default=0)
     scenes.add_argument("--force", action="store_true", help="replace an earlier folder's table and clips")
     scenes.set_defaults(run=_soundscapes)
+
+    mixtures = commands.add_parser(
+        "mixtures",
+        help="make clips of overlapped words, labelled with their shares",
+        description="Mix labelled recordings of single words, two or three at a time in known shares: data for the "
+        "task label_distribution. Training mixtures are made of training recordings alone, and so on.",
+    )
+    mixtures.add_argument("--data", required=True, help="folder with recordings of one label each, or its table")
+    mixtures.add_argument("--out", required=True, help="folder to write")
+    mixtures.add_argument("--clips", type=int, default=2000, help="how many; a fifth of them for test (default 2000)")
+    mixtures.add_argument("--seconds", type=float, default=1.0, help="length of each (default 1)")
+    mixtures.add_argument(
+        "--words", type=int, nargs=2, default=(2, 3), metavar=("FEWEST", "MOST"), help="per clip (default 2 3)"
+    )
+    mixtures.add_argument("--frontend", default="mrms", help="whose rate and channel rule are used (default mrms)")
+    mixtures.add_argument("--seed", type=int, default=0)
+    mixtures.add_argument("--quiet", action="store_true", help="no progress bar")
+    mixtures.add_argument("--force", action="store_true", help="replace an earlier folder's table and clips")
+    mixtures.set_defaults(run=_mixtures)
 
     recipes = commands.add_parser("recipes", help="list the recipes that come with the package, or print one")
     recipes.add_argument("name", metavar="NAME", nargs="?", help="print this one as JSON: a start for your own file")
@@ -390,6 +410,24 @@ def _soundscapes(options: argparse.Namespace) -> None:
         events_per_clip=options.events,
         class_folders=options.class_folders,
         force=options.force,
+    )
+    sys.stdout.write(f"{table}\n")
+
+
+def _mixtures(options: argparse.Namespace) -> None:
+    from models_zoo.mixtures import write_mixtures
+    from models_zoo.presets import get_frontend
+
+    table = write_mixtures(
+        options.data,
+        options.out,
+        get_frontend(options.frontend),
+        num_clips=options.clips,
+        seed=options.seed,
+        seconds=options.seconds,
+        words=tuple(options.words),
+        force=options.force,
+        progress=not options.quiet,
     )
     sys.stdout.write(f"{table}\n")
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from models_zoo.cards import ModelCard
 from models_zoo.errors import DataError
-from train_torch.augment import draw_mixing, mix_labels, mix_waveforms
+from train_torch.augment import draw_light_mixing, draw_mixing, mix_labels, mix_waveforms
 from train_torch.data import Batch
 from train_torch.distill import Teacher, distillation_loss, named
 from train_torch.evaluation import collect
-from train_torch.frontend import MelJitter, Mixing, MixStyle, SpecMasks, TorchFrontend
+from train_torch.frontend import MelJitter, Mixing, MixStyle, Shift, SpecMasks, TorchFrontend
 from train_torch.losses import balancing_weights, clip_loss, supcon_loss
 from train_torch.optim import check_temperature, configure, freeze, keep_frozen
 from train_torch.recipes import Recipe
@@ -26,7 +26,8 @@ __all__ = ["Classifier", "selected_by"]
 
 def selected_by(recipe: Recipe) -> str:
     """Return the validation metric by which the best epoch is chosen."""
-    return recipe.select if recipe.task == "single_label" else "mean_average_precision"
+    by_task = {"single_label": recipe.select, "label_distribution": "kl_divergence"}
+    return by_task.get(recipe.task, "mean_average_precision")
 
 
 class Classifier(lightning.LightningModule):
@@ -67,7 +68,10 @@ class Classifier(lightning.LightningModule):
         self.frontend = TorchFrontend(
             card.frontend,
             mel_jitter=None if settings.mel_jitter is None else MelJitter(*settings.mel_jitter),
-            masks=None if settings.masks is None else SpecMasks(*settings.masks),
+            masks=None
+            if settings.masks is None
+            else SpecMasks(*settings.masks, num_time=settings.time_masks, at=settings.masks_at),
+            shift=None if settings.shift is None else Shift(*settings.shift),
             mixstyle=MixStyle(settings.mixstyle_probability, settings.mixstyle_alpha)
             if settings.mixstyle_probability
             else None,
@@ -119,6 +123,15 @@ class Classifier(lightning.LightningModule):
         mixup = None
         if settings.mixup_alpha:
             mixup = draw_mixing(size, rng, alpha=settings.mixup_alpha, probability=1.0, device=self.device)
+        elif settings.mixup_weights is not None:
+            mixup = draw_light_mixing(
+                size,
+                rng,
+                weights=settings.mixup_weights,
+                probability=settings.mixup_probability,
+                device=self.device,
+            )
+        if mixup is not None:
             targets, known = mix_labels(mixup, targets, known)
             answers = None if answers is None else answers.mixed(mixup)
         logits, embedding = self.outputs(waveform, mixup)
@@ -147,7 +160,8 @@ class Classifier(lightning.LightningModule):
         for name, value in values.items():
             self.log(f"val_{name}", value, sync_dist=True)
         # A lower loss decides between equal metrics, which are common on small splits.
-        score = values[selected_by(self.recipe)] - 1e-3 * values["loss"] / (1 + values["loss"])
+        score = values[selected_by(self.recipe)] * (-1 if self.recipe.task == "label_distribution" else 1)
+        score -= 1e-3 * values["loss"] / (1 + values["loss"])
         self.log("val_score", score, sync_dist=True)
 
     def train(self, mode: bool = True) -> Self:

@@ -27,6 +27,7 @@ from models_zoo.cards import ModelCard
 from models_zoo.dataset import SPLITS, Dataset, Group
 from models_zoo.decoding import legal_segments
 from models_zoo.errors import CardError, ClipLengthError, DataError
+from models_zoo.mixtures import count_clipped
 from train_torch.augment import augment, fit_length
 from train_torch.recipes import Recipe, SamplingRecipe
 
@@ -179,6 +180,7 @@ class ClipData(torch.utils.data.Dataset[Batch]):
     Raises:
         AudioDecodeError: a file cannot be read; every file is read here, before any training.
         ClipLengthError: a clip is outside the length policy.
+        DataError: a clip whose labels have weights is clipped, or, for a card of distributions, one has no weights.
     """
 
     def __init__(
@@ -190,7 +192,8 @@ class ClipData(torch.utils.data.Dataset[Batch]):
         self.card = card
         self.spec = card.frontend
         self.recipe = recipe
-        self.targets = torch.from_numpy(dataset.multi_hot())
+        distributed = card.task == "label_distribution"
+        self.targets = torch.from_numpy(dataset.distributions() if distributed else dataset.multi_hot())
         known = dataset.known()
         self.known = None if known is None else torch.from_numpy(known).float()
         self._cache: list[Waveform | None] = []
@@ -200,6 +203,12 @@ class ClipData(torch.utils.data.Dataset[Batch]):
         for index in tqdm(range(len(dataset)), desc="reading", unit="clip", disable=not progress, leave=False):
             waveform = load_audio(dataset.records[index].file, self.spec)
             room -= waveform.nbytes
+            clipped = count_clipped(waveform) if dataset.records[index].weights is not None else 0
+            if clipped:
+                raise DataError(
+                    f"{dataset.records[index].file}: {clipped} clipped samples, so its parts no longer have the "
+                    "weights the table says; mix it again at a lower level, or leave it out"
+                )
             self._cache.append(waveform if room >= 0 else None)
             self.lengths.append(waveform.size)
             self.segment_shapes.append(self._segments(index, waveform).shape)

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from models_zoo.errors import CardError, DataError
 from models_zoo.files import check_writable, replacing
 from train_torch.data import Batch, ClipData, evaluation_loader
 from train_torch.frontend import Mixing
+from train_torch.losses import Task
 from train_torch.models.ensemble import load_ensemble
 from train_torch.recipes import Recipe
 
@@ -44,8 +45,6 @@ __all__ = [
     "read_logits",
     "teach",
 ]
-
-Task = Literal["single_label", "multi_label"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +83,7 @@ class Teacher(Protocol):
 def distillation_loss(logits: Tensor, answers: Answers, task: Task) -> Tensor:
     """Return the teacher's term, a scalar: mean over all clips of the batch, the ones without an answer adding 0.
 
-    Multi label: binary cross-entropy against the teacher's sigmoid, mean over classes, as published. Single label:
+    Multi label: binary cross-entropy against the teacher's sigmoid, mean over classes, as published. Other tasks:
     cross-entropy against its softmax, which has the gradient of the Kullback-Leibler divergence.
 
     Args:
@@ -95,7 +94,7 @@ def distillation_loss(logits: Tensor, answers: Answers, task: Task) -> Tensor:
     Source: EfficientAT ex_audioset.py (temperature 1; softmax in place of sigmoid is ours, for one label per clip).
     """
     logits = logits.float()
-    if task == "single_label":
+    if task != "multi_label":
         return -(answers.positive * logits.log_softmax(dim=1)).sum(dim=1).mean()
     return (answers.said * functional.softplus(logits) - answers.positive * logits).mean()
 
@@ -312,7 +311,7 @@ def teach(
     ensemble, members = load_ensemble(checkpoints, card, checkpoints=folder)
     ensemble.require_logits()
     model = ensemble.to(device).card
-    if model.labels is None or model.task not in ("single_label", "multi_label"):
+    if model.labels is None or model.task not in get_args(Task):
         raise CardError(f"{model.name!r} has no clip labels to teach", field="labels")
     dataset = read_dataset(data).by_file().select(split).with_labels(model.labels)
     clips = ClipData(dataset, model, Recipe(task=model.task), progress=progress)
@@ -340,7 +339,7 @@ def named(origin: Mapping[str, Any] | None) -> str:
 
 
 def _probabilities(logits: Tensor, task: str) -> Tensor:
-    return logits.softmax(dim=1) if task == "single_label" else logits.sigmoid()
+    return logits.sigmoid() if task == "multi_label" else logits.softmax(dim=1)
 
 
 def _check_labels(theirs: Sequence[str] | None, ours: Sequence[str] | None, whose: str) -> None:

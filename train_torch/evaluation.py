@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from models_zoo.dataset import Group, read_dataset
 from models_zoo.decoding import probabilities_of
 from models_zoo.errors import CheckpointError, DataError, DeviceError
 from train_torch.data import Batch, ClipData, evaluation_loader
-from train_torch.losses import clip_loss
+from train_torch.losses import Task, clip_loss
 from train_torch.models.ensemble import Ensemble, load_ensemble
 from train_torch.recipes import Recipe
 
@@ -32,10 +32,10 @@ class Evaluation:
     """Scores of every clip of a split, and what follows from them.
 
     Attributes:
-        task: ``single_label`` or ``multi_label``.
+        task: ``single_label``, ``multi_label`` or ``label_distribution``.
         labels: class names.
         files: the clips, relative to their data folder.
-        targets: ``(num_clips, num_classes)`` float32, 0 or 1.
+        targets: ``(num_clips, num_classes)`` float32, 0 or 1, or between for a distribution.
         probabilities: ``(num_clips, num_classes)`` float32 in [0, 1].
         loss: mean over the clips.
         known: ``(num_clips, num_classes)``, whether a label is known, or None where all are; metrics are over these.
@@ -50,12 +50,22 @@ class Evaluation:
     known: NDArray[np.bool_] | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Return name -> value: accuracy and balanced accuracy, or mAP and mean ROC AUC; and the loss."""
+        """Return name -> value: what the task is measured by, and the loss.
+
+        Accuracy and balanced accuracy; or mAP and mean ROC AUC; or, of a distribution, the mean KL divergence, and what
+        it would be if every answer were that all classes are alike.
+        """
         if self.task == "single_label":
             truth, answer = self.targets.argmax(axis=1), self.probabilities.argmax(axis=1)
             values = {
                 "accuracy": metrics.accuracy(truth, answer),
                 "balanced_accuracy": metrics.balanced_accuracy(truth, answer),
+            }
+        elif self.task == "label_distribution":
+            uniform = np.full(self.targets.shape, 1 / len(self.labels))
+            values = {
+                "kl_divergence": metrics.kl_divergence(self.targets, self.probabilities).mean(),
+                "kl_divergence_uniform": metrics.kl_divergence(self.targets, uniform).mean(),
             }
         else:
             values = {
@@ -67,11 +77,15 @@ class Evaluation:
     @property
     def headline(self) -> str:
         """Name of the metric that counts."""
-        return "accuracy" if self.task == "single_label" else "mean_average_precision"
+        by_task = {"single_label": "accuracy", "label_distribution": "kl_divergence"}
+        return by_task.get(self.task, "mean_average_precision")
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Return a row per class: clips, and recall and precision or average precision (None where undefined)."""
-        truth = self.targets > 0.5
+        """Return a row per class: clips, and by the task recall and precision, average precision, or mean weights.
+
+        None where one is undefined. The clips of a class in distributions are those it has a share in.
+        """
+        truth = self.targets > (0 if self.task == "label_distribution" else 0.5)
         rows: list[dict[str, Any]] = [
             {"label": label, "clips": int(truth[:, i].sum())} for i, label in enumerate(self.labels)
         ]
@@ -81,6 +95,10 @@ class Evaluation:
                 right = int((truth[:, i] & answers[:, i]).sum())
                 row["recall"] = right / row["clips"] if row["clips"] else None
                 row["precision"] = right / int(answers[:, i].sum()) if answers[:, i].any() else None
+        elif self.task == "label_distribution":
+            for i, row in enumerate(rows):
+                row["mean_weight"] = float(self.targets[:, i].mean())
+                row["mean_answer"] = float(self.probabilities[:, i].mean())
         else:
             precision = metrics.average_precision(self.targets, self.probabilities, self.known)
             for row, value in zip(rows, precision, strict=True):
@@ -135,7 +153,7 @@ def collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tupl
             f"model {card.name!r} answers with NaN or infinity: the training diverged; lower the learning rate (--lr), "
             "or go back to an earlier checkpoint"
         )
-    task = cast(Literal["single_label", "multi_label"], card.task)
+    task = cast(Task, card.task)
     masks = [batch.known.cpu() for batch, _ in scored if batch.known is not None]
     known = torch.cat(masks) if masks else None
     loss = float(clip_loss(logits, targets, task, known=known))
@@ -221,7 +239,7 @@ def evaluate(
     paths = [checkpoint] if isinstance(checkpoint, (str, Path)) else list(checkpoint)
     ensemble = load_ensemble(paths, card, checkpoints=checkpoints)[0]
     model = ensemble.card
-    if model.labels is None or model.task not in ("single_label", "multi_label"):
+    if model.labels is None or model.task not in get_args(Task):
         raise CheckpointError(f"{paths[0]}: task {model.task!r} without clip labels cannot be evaluated")
     dataset = read_dataset(data).by_file()
     if hold_out and split_by is None:

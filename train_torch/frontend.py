@@ -16,7 +16,7 @@ from models_zoo.errors import CardError, SpecError, WaveformError
 from models_zoo.filterbanks import analysis_tables, mel_recipe
 from models_zoo.specs import FrontendSpec, Statistics
 
-__all__ = ["MelJitter", "MixStyle", "Mixing", "SpecMasks", "TorchFrontend", "network_inputs"]
+__all__ = ["MelJitter", "MixStyle", "Mixing", "Shift", "SpecMasks", "TorchFrontend", "network_inputs"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,39 @@ class MelJitter:
 
 @dataclass(frozen=True)
 class SpecMasks:
-    """One frequency mask and one time mask per clip, on log-mel values before any normalisation.
+    """One frequency mask and one time mask or several per clip, the same for all its windows.
 
-    Widths are U(0, max), starts U(0, size - width), both floored; 0 switches a mask off. ``value`` is in log units:
-    EfficientAT's 0 becomes 0.9 after its affine, a loud value, as published.
+    Widths are U(0, max), starts U(0, size - width), both floored; 0 switches a mask off. At ``log``, before any
+    normalisation, ``value`` is in log units: EfficientAT's 0 becomes 0.9 after its affine, a loud value, as published.
+    At ``features`` it is in output units: MRMS's 0 is the clip's mean level apart from the ramp.
 
-    Source: torchaudio FrequencyMasking / TimeMasking with iid_masks, as in EfficientAT (48 and 192 by default).
+    Source: torchaudio FrequencyMasking / TimeMasking with iid_masks, as in EfficientAT (48 and 192 by default); MRMS
+    (32 and twice 12, on finished features).
     """
 
     max_mels: int = 48
     max_frames: int = 192
     value: float = 0.0
+    num_time: int = 1
+    at: Literal["log", "features"] = "log"
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Random shift of the finished features along mel and time, drawn per clip, the same for all its windows.
+
+    The features are framed with ``max_mels`` bands and ``max_frames`` frames of zeros on both sides, and cut to their
+    size again at an offset of U(0, 2 max) floored: a shift of -max + 1 to max, what leaves is lost, zeros come in.
+
+    Source: the MRMS notebook (32 and 32 of 160 x 160).
+    """
+
+    max_mels: int
+    max_frames: int
+
+    def __post_init__(self) -> None:
+        if min(self.max_mels, self.max_frames) < 0:
+            raise SpecError(f"shift: got {self.max_mels}, {self.max_frames}; expected 0 or more", field="shift")
 
 
 @dataclass(frozen=True)
@@ -87,15 +109,18 @@ class Mixing:
     Attributes:
         permutation: ``(batch,)`` int64.
         weight: ``(batch,)`` float32 in [0, 1].
+        plain: the other clip comes without masks and shift, where features are mixed.
     """
 
     permutation: Tensor
     weight: Tensor
+    plain: bool = False
 
-    def __call__(self, values: Tensor) -> Tensor:
-        """Return ``values`` ``(batch, ...)`` mixed along the batch; labels mix the same way."""
+    def __call__(self, values: Tensor, others: Tensor | None = None) -> Tensor:
+        """Return ``values`` ``(batch, ...)`` mixed along the batch, or with ``others``; labels mix the same way."""
         weight = self.weight.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-        return values * weight + values[self.permutation] * (1 - weight)
+        others = values if others is None else others
+        return values * weight + others[self.permutation] * (1 - weight)
 
 
 class TorchFrontend(nn.Module):
@@ -108,6 +133,7 @@ class TorchFrontend(nn.Module):
         spec: the front end.
         mel_jitter: random mel edges, in training mode only.
         masks: spectrogram masks, in training mode only.
+        shift: random shift of the finished features after masks, in training mode only.
         mixstyle: exchange of statistics between the clips of a batch, on the finished features before they are mixed,
             in training mode only.
         mix_at: stage at which ``forward(..., mixing=...)`` mixes clips: ``samples`` (waveforms), ``mel`` (linear
@@ -120,6 +146,7 @@ class TorchFrontend(nn.Module):
         *,
         mel_jitter: MelJitter | None = None,
         masks: SpecMasks | None = None,
+        shift: Shift | None = None,
         mixstyle: MixStyle | None = None,
         mix_at: Literal["samples", "mel", "features"] = "features",
     ) -> None:
@@ -127,6 +154,7 @@ class TorchFrontend(nn.Module):
         self.spec = spec
         self.mel_jitter = mel_jitter
         self.masks = masks
+        self.shift = shift
         self.mixstyle = mixstyle
         self.mix_at = mix_at
         tables = analysis_tables(spec)
@@ -219,7 +247,7 @@ class TorchFrontend(nn.Module):
         y = torch.log(mel + spec.log.floor if spec.log.floor_mode == "add" else mel.clamp(min=spec.log.floor))
         if spec.log.gain != 1:
             y = y * spec.log.gain
-        if self.training and self.masks is not None:
+        if self.training and self.masks is not None and self.masks.at == "log":
             y = _masked(y, self.masks)
         yield "log", y
 
@@ -248,10 +276,14 @@ class TorchFrontend(nn.Module):
 
         if self.training and self.mixstyle is not None:
             y = _restyled(y, self.mixstyle)
-        y = self._arrange(y)
+        plain = y
+        if self.training and self.masks is not None and self.masks.at == "features":
+            y = _masked(y, self.masks)
+        if self.training and self.shift is not None:
+            y = _shifted(y, self.shift)
         if mixing is not None and self.mix_at == "features":
-            y = mixing(y)
-        yield "features", y
+            y = mixing(y, plain if mixing.plain else None)
+        yield "features", self._arrange(y)
 
     def _mel_bank(self) -> tuple[slice, Tensor]:
         """Return the FFT bins and the ``(bins, n_mels)`` matrix of this call: the table, or a jittered one."""
@@ -301,8 +333,8 @@ def network_inputs(inputs: Sequence[ModelInput], frontend: TorchFrontend, wavefo
 
 
 def _masked(y: Tensor, masks: SpecMasks) -> Tensor:
-    """Return ``(batch, windows, T, n_mels)`` with one mask per clip along mel and one along time."""
-    for dim, longest in ((3, masks.max_mels), (2, masks.max_frames)):
+    """Return ``(batch, windows, T, n_mels)`` with one mask per clip along mel, and one or more along time."""
+    for dim, longest in ((3, masks.max_mels), *[(2, masks.max_frames)] * masks.num_time):
         if longest < 1:
             continue
         size = y.shape[dim]
@@ -315,6 +347,15 @@ def _masked(y: Tensor, masks: SpecMasks) -> Tensor:
         shape[dim] = size
         y = y.masked_fill(hidden.view(shape), masks.value)
     return y
+
+
+def _shifted(y: Tensor, shift: Shift) -> Tensor:
+    """Return ``(batch, windows, T, n_mels)``, each clip shifted along time and mel by its own draw."""
+    frames, mels = y.shape[2:]
+    framed = functional.pad(y, (shift.max_mels, shift.max_mels, shift.max_frames, shift.max_frames))
+    most = torch.tensor([2 * shift.max_frames, 2 * shift.max_mels])
+    offsets = (torch.rand(y.shape[0], 2) * most).long().tolist()
+    return torch.stack([clip[:, t : t + frames, m : m + mels] for clip, (t, m) in zip(framed, offsets, strict=True)])
 
 
 def _restyled(y: Tensor, style: MixStyle) -> Tensor:

@@ -1,4 +1,4 @@
-"""The losses of a batch of clips: cross-entropy, its class-balanced form, and the supervised contrastive loss."""
+"""The losses of a batch of clips: cross-entropy, its class-balanced form, KL divergence, supervised contrast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models_zoo.errors import DataError
 
 __all__ = ["balancing_weights", "clip_loss", "supcon_loss"]
 
-Task = Literal["single_label", "multi_label"]
+Task = Literal["single_label", "multi_label", "label_distribution"]
 
 
 def clip_loss(
@@ -33,10 +33,13 @@ def clip_loss(
     present or absent.
 
     Args:
-        logits: ``(batch, num_classes)``.
-        targets: ``(batch, num_classes)`` in [0, 1]: one-hot, several-hot, or mixed.
-        task: ``single_label``: softmax cross-entropy; ``multi_label``: binary cross-entropy, mean over classes.
-        label_smoothing: share of the target replaced by 1 / num_classes (single label) or 1 / 2 (multi label).
+        logits: ``(batch, num_classes)``; log-probabilities where the model answers with them (their softmax is what
+            they say).
+        targets: ``(batch, num_classes)`` in [0, 1]: one-hot, several-hot, a distribution, or mixed.
+        task: ``single_label``: softmax cross-entropy; ``multi_label``: binary cross-entropy, mean over classes;
+            ``label_distribution``: Kullback-Leibler divergence of the softmax from the target, the cross-entropy less
+            the target's own entropy, so that 0 is right.
+        label_smoothing: share of the target replaced by 1 / 2 (multi label) or 1 / num_classes (the others).
         class_weights: ``(num_classes,)``, see :func:`balancing_weights`; None for equal weights.
         known: ``(batch, num_classes)`` in [0, 1], how far each label of a multi-label batch is known (see
             :func:`train_torch.augment.mix_labels`), None where all are. The mean is then over what is known: an
@@ -48,6 +51,9 @@ def clip_loss(
         spread = weighted.sum(dim=1, keepdim=True) / logits.shape[1]
         weighted = (1 - label_smoothing) * weighted + label_smoothing * spread
         return -(weighted * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    if task == "label_distribution":
+        smoothed = (1 - label_smoothing) * targets + label_smoothing / logits.shape[1]
+        return functional.kl_div(logits.log_softmax(dim=1), smoothed, reduction="batchmean")
     targets = targets * (1 - label_smoothing) + label_smoothing / 2
     if known is None:
         return functional.binary_cross_entropy_with_logits(logits, targets, weight=class_weights)
@@ -95,13 +101,13 @@ def supcon_loss(embedding: Tensor, targets: Tensor, task: Task, *, temperature: 
         targets: ``(batch, num_classes)`` in [0, 1]. Single label: the class of a mixed clip is that of its louder
             part, the largest target. Multi label: two clips belong together where they share a class whose target is
             at least one half in both.
-        task: of the targets.
+        task: of the targets; the class of a distribution is its largest.
         temperature: the similarities are divided by it.
 
     Source: Khosla et al., Supervised Contrastive Learning (NeurIPS 2020), in the form of
     refreshment-coffee/EfficientAT_tensorflow: one view, no projection head, 1e-12 added to the denominator.
     """
-    if task == "single_label":
+    if task != "multi_label":
         classes = targets.argmax(dim=1)
         same = classes[:, None] == classes[None, :]
     else:

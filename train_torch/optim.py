@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,15 @@ from train_torch.recipes import Recipe
 __all__ = ["check_temperature", "configure", "factor_at", "freeze", "keep_frozen", "layers_of", "published_factor"]
 
 
+_OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optimizer]] = {
+    "adamw": lambda groups, recipe: torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay),
+    "adam": lambda groups, recipe: torch.optim.Adam(groups, lr=recipe.lr, weight_decay=recipe.weight_decay),
+    "sgd": lambda groups, recipe: torch.optim.SGD(
+        groups, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
+    ),
+}
+
+
 def configure(model: nn.Module, recipe: Recipe, total_steps: int) -> dict[str, Any]:
     """Return the recipe's optimiser and its schedule as Lightning takes them.
 
@@ -25,7 +34,6 @@ def configure(model: nn.Module, recipe: Recipe, total_steps: int) -> dict[str, A
         recipe: what to do.
         total_steps: of the run, all epochs together.
     """
-    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [parameter for _, parameter in trained]}]
     if recipe.layer_decay is not None:
@@ -36,7 +44,7 @@ def configure(model: nn.Module, recipe: Recipe, total_steps: int) -> dict[str, A
             members = [parameter for name, parameter in trained if _is_below(name, [layer])]
             if members:
                 groups.append({"params": members, "lr": recipe.lr * recipe.layer_decay**distance})
-    optimizer = kind(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = _OPTIMIZERS[recipe.optimizer](groups, recipe)
     # One function of the step: a schedule that Lightning steps by epochs is behind by one after a resumed run.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor_at(step, recipe, total_steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

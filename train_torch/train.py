@@ -254,7 +254,12 @@ def fit(
     if recipe.imbalance is not None:
         dataset = dataset.thinned(recipe.imbalance, seed=split_seed)
     if recipe.task == "single_label" and dataset.is_multi_label:
-        raise DataError(f"{data}: some clips have several labels or unknown ones; train with --task multi_label")
+        raise DataError(
+            f"{data}: some clips have several labels or unknown ones; train with --task multi_label (or "
+            "label_distribution, where the column 'weights' says how much of each)"
+        )
+    if recipe.task == "label_distribution":
+        dataset.distributions()  # refuses what has none before anything is read
     _log.info("%s", count_table(dataset))
     for remark in dataset.remarks():
         _log.info("note: %s", remark)
@@ -427,7 +432,8 @@ def _start(
             min=None if recipe.min_seconds is None else round(recipe.min_seconds * spec.sample_rate),
             short=recipe.short,
         )
-        model = create_model(recipe.model, num_classes=len(dataset.labels), n_mels=spec.mel.n_mels)
+        fixed = {"num_classes": len(dataset.labels), "n_mels": spec.mel.n_mels}
+        model = create_model(recipe.model, **{**recipe.model_options, **fixed})
         card = new_card(
             name,
             recipe.model,

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, JsonValue, Strict, model_validator
 
 from models_zoo.errors import DataError, SpecError, UnknownNameError
 from models_zoo.schema import Declaration, Sequence
@@ -50,7 +50,15 @@ class Augmentation(Declaration):
         mel_jitter: (f_min, f_max) ranges of the front end's mel edges, Hz.
         mixstyle_probability: share of batches whose clips exchange their statistics per mel band.
         mixstyle_alpha: Beta parameter of that exchange, drawn per clip.
+        mixup_weights: (least, greatest) weight of the other clip in place of ``mixup_alpha``'s draws: uniform between
+            them, of any clip of the batch as it is without masks and shift.
+        mixup_probability: share of clips mixed by ``mixup_weights``.
         masks: greatest width of the (mel, time) masks, in bands and frames.
+        time_masks: how many time masks; there is always one mel mask.
+        masks_at: ``log``: on log-mel values before any normalisation, as EfficientAT does; ``features``: on the
+            finished features, as MRMS does. Masked values are 0.
+        shift: greatest shift of the features along (mel, time) either way, in bands and frames, zeros coming in; as
+            padding all sides and cropping at random.
     """
 
     share: float = Field(default=1.0, ge=0, le=1)
@@ -66,19 +74,35 @@ class Augmentation(Declaration):
     mix_probability: float = Field(default=0.0, ge=0, le=1)
     mixup_alpha: float = Field(default=0.0, ge=0)
     mixup_at: Literal["samples", "mel", "features"] = "features"
+    mixup_weights: Range | None = None
+    mixup_probability: float = Field(default=1.0, ge=0, le=1)
     mixstyle_probability: float = Field(default=0.0, ge=0, le=1)
     mixstyle_alpha: float = Field(default=0.4, gt=0)
     mel_jitter: Annotated[tuple[int, int], Strict(False)] | None = None
     masks: Annotated[tuple[int, int], Strict(False)] | None = None
+    time_masks: int = Field(default=1, ge=1)
+    masks_at: Literal["log", "features"] = "log"
+    shift: Annotated[tuple[int, int], Strict(False)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for field in ("speed", "gain_db", "noise_snr_db"):
+        for field in ("speed", "gain_db", "noise_snr_db", "mixup_weights"):
             limits = getattr(self, field)
             if limits is not None and limits[0] > limits[1]:
                 raise SpecError(f"{field}: got {limits}; expected (lowest, highest)", field=field)
         if self.speed is not None and not 0.25 <= self.speed[0] <= self.speed[1] <= 4:
             raise SpecError(f"speed: got {self.speed}; expected factors between 0.25 and 4", field="speed")
+        if self.mixup_weights is not None:
+            if not 0 <= self.mixup_weights[0] <= self.mixup_weights[1] <= 1:
+                raise SpecError(
+                    f"mixup_weights: got {self.mixup_weights}; expected weights between 0 and 1", field="mixup_weights"
+                )
+            if self.mixup_alpha or self.mixup_at != "features":
+                raise SpecError(
+                    f"mixup_weights: got them with mixup_alpha {self.mixup_alpha} at {self.mixup_at!r}; they take the "
+                    "place of mixup_alpha (0), and mix finished features",
+                    field="mixup_weights",
+                )
         return self
 
 
@@ -155,13 +179,16 @@ class Recipe(Declaration):
     Attributes:
         description: one sentence: what it is for.
         model: architecture for ``create_model``.
+        model_options: of it, beyond the number of classes and mel bands, e.g. ``{"width": 12}``.
         frontend: preset name.
-        task: ``single_label`` (softmax, cross-entropy) or ``multi_label`` (sigmoid, binary cross-entropy).
+        task: ``single_label`` (softmax, cross-entropy), ``multi_label`` (sigmoid, binary cross-entropy) or
+            ``label_distribution`` (softmax, Kullback-Leibler divergence).
         seed: of weights, split, order and augmentation.
         split_seed: of the split and of ``imbalance`` alone, so that runs with other seeds share them; None: ``seed``.
         epochs: passes over the training split.
         batch_size: clips per device and step.
-        optimizer, lr, weight_decay: AdamW (decoupled decay) or Adam; peak learning rate.
+        optimizer, lr, weight_decay: AdamW (decoupled decay), Adam or SGD; peak learning rate.
+        momentum: of SGD, not Nesterov's.
         schedule: of the learning rate. ``cosine``: a linear rise over ``warmup_epochs``, then a cosine to ``final_lr``
             times the peak at the last epoch. ``published`` (EfficientAT's, constant within an epoch): an exponential
             rise over ``warmup_epochs``, flat to ``ramp_down_start``, a straight line over ``ramp_down_epochs`` to
@@ -184,7 +211,8 @@ class Recipe(Declaration):
         patience: epochs without a better validation score before stopping; 0 for never.
         precision: Lightning's, e.g. ``32-true``, ``16-mixed``, ``bf16-mixed``.
         select: metric of the validation split by which the best epoch is chosen (single label; multi label always
-            goes by mean average precision). Where classes are not equally frequent, ``balanced_accuracy``.
+            goes by mean average precision, a distribution by its KL divergence). Where classes are not equally
+            frequent, ``balanced_accuracy``.
         imbalance: thin the training split to this ratio of the most to the least frequent class, for experiments: see
             :meth:`models_zoo.dataset.Dataset.thinned`. Validation and test stay as they are.
         loss: additions to the cross-entropy.
@@ -195,13 +223,15 @@ class Recipe(Declaration):
 
     description: str = ""
     model: str = "mn04"
+    model_options: dict[str, JsonValue] = Field(default_factory=dict)
     frontend: str = "efficientat"
-    task: Literal["single_label", "multi_label"] = "single_label"
+    task: Literal["single_label", "multi_label", "label_distribution"] = "single_label"
     seed: int = Field(default=0, ge=0)
     split_seed: int | None = Field(default=None, ge=0)
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=32, ge=2)
-    optimizer: Literal["adamw", "adam"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     schedule: Literal["cosine", "published"] = "cosine"
@@ -238,6 +268,12 @@ class Recipe(Declaration):
             raise SpecError(
                 f"crop_seconds_min: got {self.crop_seconds_min} with seconds {self.seconds}; expected at most seconds",
                 field="crop_seconds_min",
+            )
+        if self.task == "label_distribution" and self.loss.class_balanced is not None:
+            raise SpecError(
+                "loss.class_balanced: weighs clips by their one class, and a clip of a distribution has several; leave "
+                "it out",
+                field="loss.class_balanced",
             )
         return self
 
