@@ -69,9 +69,10 @@ class ModelOutput(_Part):
 
     Attributes:
         name: graph output and key of the module's result, e.g. ``logits``.
-        role: ``clip`` scores, ``frame`` scores ``(batch, frames, classes)``, or an ``embedding``.
+        role: ``clip`` scores, ``frame`` scores, or an ``embedding``.
         kind: what a score is; None for embeddings.
-        axes: names of the axes; an integer in quotes is a fixed size.
+        axes: names of the axes; an integer in quotes is a fixed size. Frame scores are ``(batch, frames, classes)`` or
+            ``(batch, classes, frames)``: the axis named ``frames`` is time, the second one where none is named so.
         hop: of frame scores: the front end's frames from one score to the next.
     """
 
@@ -83,14 +84,24 @@ class ModelOutput(_Part):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.role == "frame" and len(self.axes) != 3:
-            raise CardError(f"axes: got {self.axes}; frame scores are (batch, frames, classes)", field="axes")
+        if self.role == "frame" and (
+            len(self.axes) != 3 or "frames" in self.axes[:1] or self.axes[1:] == ("frames",) * 2
+        ):
+            raise CardError(
+                f"axes: got {self.axes}; frame scores are (batch, frames, classes) or (batch, classes, frames)",
+                field="axes",
+            )
         if (self.kind is None) != (self.role == "embedding"):
             raise CardError(
                 f"kind: got {self.kind!r} for role {self.role!r}; scores have a kind, embeddings have none",
                 field="kind",
             )
         return self
+
+    @property
+    def time_axis(self) -> int:
+        """Position of time among the axes of frame scores, 1 or 2."""
+        return self.axes.index("frames") if "frames" in self.axes else 1
 
 
 class LengthPolicy(_Part):

@@ -196,6 +196,7 @@ def _frames(
     frame, frontend = card.frame_output(), card.frontend
     if frame is None or frontend is None:
         return None
-    probabilities = probabilities_of(outputs[frame.name][0], task=card.task, kind=frame.kind)
+    scores = np.moveaxis(outputs[frame.name], frame.time_axis, 1)[0]  # (num_frames, num_classes)
+    probabilities = probabilities_of(scores, task=card.task, kind=frame.kind)
     seconds = frame.hop * frontend.framing.hop_length / frontend.sample_rate
     return np.ascontiguousarray(probabilities.T), np.arange(len(probabilities), dtype=np.float64) * seconds

@@ -184,6 +184,17 @@ def test_frame_scores_become_probabilities_with_times(kind, hop):
         assert row == answer.frame_probabilities[one["index"]].tolist()
 
 
+@pytest.mark.parametrize("task", ["single_label", "event_detection"])
+def test_the_axis_named_frames_is_time(task):
+    declared, outputs = framed("logit")
+    upright = decode(declared.replace(task=task), outputs)
+    turned, _ = framed("logit", axes=["batch", "3", "frames"])
+    answer = decode(turned.replace(task=task), outputs | {"frames": outputs["frames"].transpose(0, 2, 1)})
+    np.testing.assert_array_equal(answer.frame_probabilities, upright.frame_probabilities)
+    assert answer.frame_probabilities.shape == (3, 4) == (3, len(answer.frame_times))
+    assert [card.frame_output().time_axis for card in (declared, turned)] == [1, 2]
+
+
 def test_frame_scores_of_several_segments_are_left_out():
     declared, outputs = framed("logit")
     answer = decode(declared, {name: np.concatenate([value, value]) for name, value in outputs.items()})
@@ -191,6 +202,7 @@ def test_frame_scores_of_several_segments_are_left_out():
     assert answer.frame_times is None
 
 
-def test_frame_scores_have_three_axes():
+@pytest.mark.parametrize("axes", [["batch", "3"], ["frames", "3", "time"], ["batch", "frames", "frames"]])
+def test_frame_scores_have_three_axes(axes):
     with pytest.raises(CardError, match=r"\(batch, frames, classes\)"):
-        framed("logit", axes=["batch", "3"])
+        framed("logit", axes=axes)
