@@ -28,6 +28,7 @@ from models_zoo.cards import ModelCard
 from models_zoo.dataset import Dataset, read_dataset
 from models_zoo.errors import CardError, DataError
 from models_zoo.files import check_writable, replacing
+from models_zoo.labels import check_labels
 from train_torch.data import Batch, ClipData, evaluation_loader
 from train_torch.frontend import Mixing
 from train_torch.losses import Task
@@ -120,7 +121,7 @@ class LiveTeacher:
         card = self.ensemble.card
         assert card.frontend is not None
         assert student.frontend is not None
-        _check_labels(card.labels, student.labels, f"teacher {card.name!r}")
+        _check_classes(card.labels or (), student.labels or (), f"teacher {card.name!r}")
         for field, theirs, ours in (
             ("task", card.task, student.task),
             ("frontend.sample_rate", card.frontend.sample_rate, student.frontend.sample_rate),
@@ -242,13 +243,14 @@ class StoredTeacher:
         missing: how many training clips have no entry.
 
     Raises:
-        DataError: the labels disagree (the first that differs is named), or clips are missing (their number is).
+        CardError: the labels disagree; the first that differs is named.
+        DataError: clips are missing; their number is stated.
     """
 
     def __init__(
         self, stored: StoredLogits, dataset: Dataset, task: Task, *, missing: Literal["error", "labels"] = "error"
     ) -> None:
-        _check_labels(stored.labels, dataset.labels, "the stored teacher logits")
+        _check_classes(stored.labels, dataset.labels, "the stored teacher logits")
         place = {name: row for row, name in enumerate(stored.files)}
         rows = np.array([place.get(dataset.name_of(record), -1) for record in dataset.records])
         self.missing = int((rows < 0).sum())
@@ -342,14 +344,6 @@ def _probabilities(logits: Tensor, task: str) -> Tensor:
     return logits.sigmoid() if task == "multi_label" else logits.softmax(dim=1)
 
 
-def _check_labels(theirs: Sequence[str] | None, ours: Sequence[str] | None, whose: str) -> None:
-    """Refuse labels that are not the data's, naming the first that differs."""
-    theirs, ours = tuple(theirs or ()), tuple(ours or ())
-    if theirs == ours:
-        return
-    first = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
-    got, expected = (labels[first] if first < len(labels) else None for labels in (theirs, ours))
-    raise DataError(
-        f"labels of {whose} disagree with the data's: number {first + 1} is {got!r} there and {expected!r} here "
-        f"({len(theirs)} and {len(ours)} labels); a teacher must answer for the same classes in the same order"
-    )
+def _check_classes(theirs: Sequence[str], ours: Sequence[str], whose: str) -> None:
+    advice = "a teacher answers for the student's classes in the same order"
+    check_labels(theirs, ours, given=whose, expected="the data", advice=advice)
