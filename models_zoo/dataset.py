@@ -17,6 +17,10 @@ that is not in ``label`` is absent.
 
 Where a table has the column ``weights``, it says how much of a clip each of its labels is: ``0.7;0.3`` beside the label
 ``three;five``, never negative, one in sum. Without it, only clips of one label have a distribution: all of that label.
+
+Where a table has the column ``part``, it says what is known of a clip for event detection: ``strong`` (every event with
+its onset and offset; one row without label is a clip without events), ``weak`` (classes, without times) or
+``unlabelled`` (nothing). Without it, rows with times are strong and others weak.
 """
 
 from __future__ import annotations
@@ -37,9 +41,14 @@ from numpy.typing import NDArray
 from models_zoo.errors import DataError
 from models_zoo.files import replacing
 
-__all__ = ["AUDIO_SUFFIXES", "SPLITS", "Dataset", "Group", "Record", "read_dataset", "read_split"]
+__all__ = ["AUDIO_SUFFIXES", "PARTS", "SPLITS", "Dataset", "Group", "Part", "Record", "read_dataset", "read_split"]
 
 Group = Literal["speaker", "fold"]
+
+Part = Literal["strong", "weak", "unlabelled"]
+
+PARTS: tuple[Part, ...] = ("strong", "weak", "unlabelled")
+"""What may be known of a clip for event detection, from most to least."""
 
 SPLITS = ("train", "validation", "test")
 """The split names; ``training``, ``val``, ``valid``, ``eval`` and ``evaluation`` are read as one of them."""
@@ -67,13 +76,14 @@ class Record:
 
     Attributes:
         file: path of the recording.
-        labels: its classes, at least one (or none, where classes are known to be absent).
+        labels: its classes, at least one (or none, where classes are known to be absent, or nothing is known).
         split: ``train``, ``validation``, ``test``, or None where none was declared.
         speaker, fold: groups that must not be torn between splits, or None.
         recording: what it was cut from, or None for the file itself; never torn.
         weights: per label how much of the recording it is, one in sum, or None where that is not said.
         absent: classes known not to be in it, the others being unknown; None where all others are absent.
         onset, offset: the stretch the labels hold for, in seconds, or None for the whole file.
+        part: what is known of the file for event detection; of an ``unlabelled`` one no label is known.
     """
 
     file: Path
@@ -86,6 +96,7 @@ class Record:
     absent: tuple[str, ...] | None = None
     onset: float | None = None
     offset: float | None = None
+    part: Part = "weak"
 
 
 @dataclass(frozen=True)
@@ -173,8 +184,8 @@ class Dataset:
 
     @property
     def is_multi_label(self) -> bool:
-        """Whether any record has more than one class, or classes that are not known."""
-        return any(len(record.labels) > 1 or record.absent is not None for record in self.records)
+        """Whether any record has more than one class, none, or classes that are not known."""
+        return any(len(record.labels) != 1 or record.absent is not None for record in self.records)
 
     @property
     def has_splits(self) -> bool:
@@ -210,6 +221,56 @@ class Dataset:
                 absent = tuple(label for label in absent if label in record.absent and label not in labels)
             merged[record.file] = replace(before, labels=labels, absent=absent, onset=None, offset=None)
         return replace(self, records=tuple(merged.values()))
+
+    def events(self) -> dict[str, tuple[tuple[str, float, float], ...]]:
+        """Return file, as :meth:`name_of` says it -> (label, onset, offset in seconds) of its events, by onset.
+
+        Only ``strong`` files are in it, those without events too. Events of one class that overlap or touch are one,
+        see :meth:`overlapping`.
+        """
+        stretches: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for record in self.records:
+            if record.part != "strong":
+                continue
+            of_file = stretches.setdefault(self.name_of(record), {})
+            if record.onset is not None and record.offset is not None:
+                for label in record.labels:
+                    of_file.setdefault(label, []).append((record.onset, record.offset))
+        found = {}
+        for name, of_file in stretches.items():
+            events = [(label, *stretch) for label, several in of_file.items() for stretch in _merged(several)]
+            found[name] = tuple(sorted(events, key=lambda event: (event[1], event[2], event[0])))
+        return found
+
+    def overlapping(self) -> list[str]:
+        """Return the strong files in which events of one class overlap or touch, which :meth:`events` merges."""
+        counts: dict[str, int] = defaultdict(int)
+        for record in self.records:
+            if record.part == "strong" and record.onset is not None:
+                counts[self.name_of(record)] += len(record.labels)
+        return [name for name, events in self.events().items() if len(events) < counts[name]]
+
+    def single_sources(self, *, seed: int = 0) -> Dataset:
+        """Return what mixtures and scenes are made of: one record per file, each of one class and in one split.
+
+        Declared splits are kept; otherwise a fifth is ``test``, by file. A missing validation split is carved from
+        ``train``.
+
+        Raises:
+            DataError: a recording has several labels, or is in two splits.
+        """
+        dataset = self.by_file()
+        if any(len(record.labels) != 1 or record.absent is not None for record in dataset.records):
+            raise DataError(
+                f"{self.root}: some recordings have several labels, or none; mixtures and scenes are made of "
+                "recordings of one"
+            )
+        if not dataset.has_splits:
+            dataset = dataset.split_by_file(test=0.2, seed=seed)
+        if not any(record.split == "validation" for record in dataset.records):
+            dataset = dataset.carve_validation(0.1, seed=seed)
+        dataset.check_disjoint()
+        return dataset
 
     def remarks(self) -> list[str]:
         """Return what is legal but worth knowing before training: one class only, classes absent from a split."""
@@ -510,7 +571,10 @@ def _read_table(path: Path) -> Dataset:
     for where, row in _rows(path, ("file", "label"), filled=("file",)):
         onset, offset = _stretch(row, where)
         absent = None if "absent" not in row else _split_labels(row["absent"], where) if row["absent"] else ()
-        if not row["label"] and not absent:
+        part = _part(row, onset, where)
+        if part == "unlabelled":
+            absent = ()
+        if not row["label"] and not absent and row.get("part", "") in ("", "weak"):
             raise DataError(f"{where}: empty 'label'; every row needs one, or a class that is known to be 'absent'")
         labels = _split_labels(row["label"], where) if row["label"] else ()
         weights = _split_weights(row["weights"], labels, where) if "weights" in row else None
@@ -530,6 +594,7 @@ def _read_table(path: Path) -> Dataset:
                 absent=absent,
                 onset=onset,
                 offset=offset,
+                part=part,
             )
         )
     return _checked(records, root, path)
@@ -642,6 +707,8 @@ def _checked(records: list[Record], root: Path, source: Path) -> Dataset:
                 f"{source}: {name!r} has {len(same)} rows; expected one, with several labels separated by ';', "
                 "or an onset and offset in each"
             )
+        if len({record.part for record in same}) > 1:
+            raise DataError(f"{source}: {name!r} has rows of different parts; a file is strong, weak or unlabelled")
         if len({(record.labels, record.onset, record.offset) for record in same}) < len(same):
             raise DataError(f"{source}: {name!r} has the same row twice")
         if len({(record.speaker, record.fold, record.recording) for record in same}) > 1:
@@ -705,6 +772,39 @@ def _stretch(row: Mapping[str, str], where: str) -> tuple[float | None, float | 
     if not 0 <= onset < offset < math.inf:
         raise DataError(f"{where}: got onset {onset}, offset {offset}; expected 0 <= onset < offset, in seconds")
     return onset, offset
+
+
+def _part(row: Mapping[str, str], onset: float | None, where: str) -> Part:
+    """Return what is known of the file of a row, stated or from whether it has times."""
+    stated = row.get("part", "")
+    if not stated:
+        return "weak" if onset is None else "strong"
+    for part in PARTS:
+        if part == stated:
+            break
+    else:
+        raise DataError(f"{where}: got part {stated!r}; expected one of {', '.join(PARTS)}")
+    if part == "strong" and (onset is None) == bool(row["label"]):
+        raise DataError(
+            f"{where}: a strong row is an event, with label, onset and offset; only a clip without events has none of "
+            "them"
+        )
+    if part == "weak" and onset is not None:
+        raise DataError(f"{where}: a weak row has no times; call it strong, or leave out onset and offset")
+    if part == "unlabelled" and (row["label"] or row.get("absent") or row.get("weights") or onset is not None):
+        raise DataError(f"{where}: an unlabelled row says nothing of its clip; call it weak or strong, or empty it")
+    return part
+
+
+def _merged(stretches: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return (onset, offset) of the union, in order."""
+    merged: list[tuple[float, float]] = []
+    for onset, offset in sorted(stretches):
+        if merged and onset <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], offset)
+        else:
+            merged.append((onset, offset))
+    return merged
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

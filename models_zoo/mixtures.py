@@ -122,7 +122,7 @@ def write_mixtures(
     folder = Path(folder)
     table = folder / "metadata.csv"
     check_writable(table, force=force)
-    dataset = _in_splits(read_dataset(data), seed)
+    dataset = read_dataset(data).single_sources(seed=seed)
     waveforms = _read(dataset, frontend, progress)
     sources = {split: _by_class(dataset, split, most) for split in set(_SPLIT_PATTERN)}
     rows = []
@@ -149,19 +149,6 @@ def write_mixtures(
         writer.writerow(("file", "label", "weights", "split", "sources"))
         writer.writerows(rows)
     return table
-
-
-def _in_splits(dataset: Dataset, seed: int) -> Dataset:
-    """Return one record per file, each in a split, and prove that none is in two."""
-    dataset = dataset.by_file()
-    if any(len(record.labels) != 1 or record.absent is not None for record in dataset.records):
-        raise DataError(f"{dataset.root}: some recordings have several labels; mixtures are made of recordings of one")
-    if not dataset.has_splits:
-        dataset = dataset.split_by_file(test=0.2, seed=seed)
-    if not any(record.split == "validation" for record in dataset.records):
-        dataset = dataset.carve_validation(0.1, seed=seed)
-    dataset.check_disjoint()
-    return dataset
 
 
 def _read(dataset: Dataset, frontend: FrontendSpec, progress: bool) -> dict[str, _Waveform]:
