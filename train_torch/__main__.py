@@ -1,5 +1,5 @@
 """The training command: ``python -m train_torch fit | evaluate | teach | compare | soundscapes |
-mixtures | recipes``.
+mixtures | scenes | recipes``.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 fine, 2 bad data, options or environment (one line).
 """
@@ -86,7 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--devices", type=int, default=1, help="how many of them (default 1)")
     machine.add_argument("--workers", type=int, default=0, help="processes that prepare batches (default 0)")
     machine.add_argument("--threads", type=int, help="CPU threads of torch")
-    machine.add_argument("--cache-gib", type=float, default=4.0, help="memory for decoded clips (default 4)")
+    machine.add_argument(
+        "--cache-gib",
+        type=float,
+        default=4.0,
+        help="memory for decoded clips, and again for features that are alike in every epoch (default 4)",
+    )
     machine.add_argument("--tensorboard", action="store_true", help="TensorBoard logs (imports TensorFlow if present)")
     machine.add_argument("--quiet", action="store_true", help="no progress bar")
     fit.set_defaults(run=_fit)
@@ -163,18 +168,18 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--quiet", action="store_true", help="no progress bar")
     compare.set_defaults(run=_compare)
 
-    scenes = commands.add_parser("soundscapes", help="make the built-in labelled sounds")
-    scenes.add_argument("--out", required=True, help="folder to write")
-    scenes.add_argument("--clips", type=int, default=200, help="how many (default 200)")
-    scenes.add_argument("--seconds", type=float, default=2.0, help="length of each (default 2)")
-    scenes.add_argument("--sample-rate", type=int, default=32000, help="Hz (default 32000)")
-    scenes.add_argument("--events", type=int, default=1, help="sounds per clip, at most (default 1)")
-    scenes.add_argument(
+    soundscapes = commands.add_parser("soundscapes", help="make the built-in labelled sounds")
+    soundscapes.add_argument("--out", required=True, help="folder to write")
+    soundscapes.add_argument("--clips", type=int, default=200, help="how many (default 200)")
+    soundscapes.add_argument("--seconds", type=float, default=2.0, help="length of each (default 2)")
+    soundscapes.add_argument("--sample-rate", type=int, default=32000, help="Hz (default 32000)")
+    soundscapes.add_argument("--events", type=int, default=1, help="sounds per clip, at most (default 1)")
+    soundscapes.add_argument(
         "--class-folders", action="store_true", help="train/bell/00000.wav, ... in place of audio/ and a table"
     )
-    scenes.add_argument("--seed", type=int, default=0)
-    scenes.add_argument("--force", action="store_true", help="replace an earlier folder's table and clips")
-    scenes.set_defaults(run=_soundscapes)
+    soundscapes.add_argument("--seed", type=int, default=0)
+    soundscapes.add_argument("--force", action="store_true", help="replace an earlier folder's table and clips")
+    soundscapes.set_defaults(run=_soundscapes)
 
     mixtures = commands.add_parser(
         "mixtures",
@@ -194,6 +199,37 @@ def _parser() -> argparse.ArgumentParser:
     mixtures.add_argument("--quiet", action="store_true", help="no progress bar")
     mixtures.add_argument("--force", action="store_true", help="replace an earlier folder's table and clips")
     mixtures.set_defaults(run=_mixtures)
+
+    scenes = commands.add_parser(
+        "scenes",
+        help="make scenes for sound event detection: labelled sounds at known times on a background",
+        description="Place labelled recordings, or the built-in sounds, at known times on a background: scenes whose "
+        "events are known with their times (strong), by class alone (weak), or not at all (unlabelled). Training "
+        "scenes are made of training recordings alone, and so on.",
+    )
+    scenes.add_argument(
+        "--data", nargs="+", default=[], help="folders with recordings of one label each (default: built-in sounds)"
+    )
+    scenes.add_argument("--background", help="folder with labelled recordings to lie under them (default: noise)")
+    scenes.add_argument("--out", required=True, help="folder to write")
+    for kind, default in (("strong", 150), ("weak", 150), ("unlabelled", 300), ("validation", 50), ("test", 200)):
+        scenes.add_argument(f"--{kind}", type=int, default=default, help=f"how many (default {default})")
+    scenes.add_argument("--seconds", type=float, default=10.0, help="length of each (default 10)")
+    for name, low, high, kind, what in (
+        ("events", 1, 5, int, "per scene"),
+        ("event-seconds", 0.25, 3.0, float, "length of an event"),
+        ("snr", 6.0, 30.0, float, "level of an event above the background, dB"),
+    ):
+        scenes.add_argument(
+            f"--{name}", type=kind, nargs=2, default=(low, high), metavar=("LOW", "HIGH"),
+            help=f"{what} (default {low} {high})",
+        )  # fmt: skip
+    scenes.add_argument("--polyphony", type=int, default=2, help="most events that sound at once (default 2)")
+    scenes.add_argument("--frontend", default="dcase_2024", help="whose rate and channel rule are used")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("--quiet", action="store_true", help="no progress bar")
+    scenes.add_argument("--force", action="store_true", help="replace an earlier folder's table and scenes")
+    scenes.set_defaults(run=_scenes)
 
     recipes = commands.add_parser("recipes", help="list the recipes that come with the package, or print one")
     recipes.add_argument("name", metavar="NAME", nargs="?", help="print this one as JSON: a start for your own file")
@@ -426,6 +462,30 @@ def _mixtures(options: argparse.Namespace) -> None:
         seed=options.seed,
         seconds=options.seconds,
         words=tuple(options.words),
+        force=options.force,
+        progress=not options.quiet,
+    )
+    sys.stdout.write(f"{table}\n")
+
+
+def _scenes(options: argparse.Namespace) -> None:
+    from models_zoo.presets import get_frontend
+    from models_zoo.scenes import SceneSettings, write_scenes
+
+    table = write_scenes(
+        options.out,
+        get_frontend(options.frontend),
+        counts={kind: getattr(options, kind) for kind in ("strong", "weak", "unlabelled", "validation", "test")},
+        data=options.data,
+        background=options.background,
+        settings=SceneSettings(
+            seconds=options.seconds,
+            events=tuple(options.events),
+            event_seconds=tuple(options.event_seconds),
+            snr_db=tuple(options.snr),
+            max_polyphony=options.polyphony,
+        ),
+        seed=options.seed,
         force=options.force,
         progress=not options.quiet,
     )
