@@ -16,6 +16,7 @@ from train_torch.augment import draw_light_mixing, draw_mixing, mix_labels, mix_
 from train_torch.data import Batch
 from train_torch.distill import Teacher, distillation_loss, named
 from train_torch.evaluation import collect
+from train_torch.feature_cache import FeatureCache
 from train_torch.frontend import MelJitter, Mixing, MixStyle, Shift, SpecMasks, TorchFrontend
 from train_torch.losses import balancing_weights, clip_loss, supcon_loss
 from train_torch.optim import check_temperature, configure, freeze, keep_frozen
@@ -40,6 +41,7 @@ class Classifier(lightning.LightningModule):
         files: of the validation clips, in order.
         class_counts: label -> training clips, in the order of the card's labels; a class-balanced loss needs them.
         teacher: to learn from as ``recipe.distillation`` says; no part of the state that is saved.
+        cache_gib: memory for features that are the same in every epoch, see :class:`FeatureCache`.
 
     Raises:
         DataError: the loss is class-balanced and a class has no training clip; or a recipe that distils has no
@@ -56,6 +58,7 @@ class Classifier(lightning.LightningModule):
         *,
         class_counts: Mapping[str, int] | None = None,
         teacher: Teacher | None = None,
+        cache_gib: float = 0.0,
     ) -> None:
         super().__init__()
         assert card.frontend is not None
@@ -95,10 +98,13 @@ class Classifier(lightning.LightningModule):
         self._class_weights: Tensor | None
         self.register_buffer("_class_weights", weights, persistent=False)
         self._scored: list[tuple[Batch, Tensor]] = []
+        self._kept = FeatureCache(self.frontend, cache_gib)
 
-    def outputs(self, waveform: Tensor, mixing: Mixing | None = None) -> tuple[Tensor, Tensor]:
+    def outputs(
+        self, waveform: Tensor, mixing: Mixing | None = None, plain: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return logits ``(batch, num_classes)`` and embedding of ``(batch, num_samples)`` waveforms."""
-        outputs = self.model(**{self.card.inputs[0].name: self.frontend(waveform, mixing)})
+        outputs = self.model(**{self.card.inputs[0].name: self.frontend(waveform, mixing, plain)})
         clip = self.card.clip_output()
         assert clip is not None
         return outputs[clip.name], outputs["embedding"]
@@ -134,7 +140,7 @@ class Classifier(lightning.LightningModule):
         if mixup is not None:
             targets, known = mix_labels(mixup, targets, known)
             answers = None if answers is None else answers.mixed(mixup)
-        logits, embedding = self.outputs(waveform, mixup)
+        logits, embedding = self.outputs(waveform, mixup, self._kept.features(batch))
         task, share = self.recipe.task, self.recipe.loss.supcon
         loss = clip_loss(
             logits, targets, task, label_smoothing=smoothing, class_weights=self._class_weights, known=known
@@ -150,7 +156,7 @@ class Classifier(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the logits of a batch."""
-        self._scored.append((batch, self.logits(batch.waveform)))
+        self._scored.append((batch, self.outputs(batch.waveform, plain=self._kept.features(batch))[0]))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all validation clips; every process has scored all of them."""

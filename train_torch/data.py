@@ -57,17 +57,19 @@ class Batch:
         targets: ``(batch, num_classes)`` float32 in [0, 1].
         index: ``(batch,)`` int64, the clips' places in their data set.
         known: ``(batch, num_classes)`` float32, 1 where a label is known and 0 where it is not, or None where all are.
+        unchanged: these clips come whole and like this in every epoch.
     """
 
     waveform: Tensor
     targets: Tensor
     index: Tensor
     known: Tensor | None = None
+    unchanged: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""
         known = None if self.known is None else self.known.to(device)
-        return Batch(self.waveform.to(device), self.targets.to(device), self.index, known)
+        return replace(self, waveform=self.waveform.to(device), targets=self.targets.to(device), known=known)
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,12 @@ class ClipData(torch.utils.data.Dataset[Batch]):
             rows = [self._changed(index, request.num_samples, request.epoch) for index in request.indices]
         index = torch.tensor(request.indices)
         known = None if self.known is None else self.known[index]
-        return Batch(torch.from_numpy(np.stack(rows)), self.targets[index], index, known)
+        if request.epoch is None:
+            unchanged = all(self.segment_shapes[clip][0] == 1 for clip in request.indices)
+        else:
+            whole = all(self.lengths[clip] == request.num_samples for clip in request.indices)
+            unchanged = whole and not self.recipe.augmentation.changes_waveforms
+        return Batch(torch.from_numpy(np.stack(rows)), self.targets[index], index, known, unchanged)
 
     def _waveform(self, index: int) -> Waveform:
         cached = self._cache[index]

@@ -166,19 +166,33 @@ class TorchFrontend(nn.Module):
         ramp = None if tables.ramp is None else torch.tensor(tables.ramp)
         self.register_buffer("_ramp", ramp, persistent=False)
 
-    def forward(self, waveform: Tensor, mixing: Mixing | None = None) -> Tensor:
+    def forward(self, waveform: Tensor, mixing: Mixing | None = None, plain: Tensor | None = None) -> Tensor:
         """Return the features of ``waveform`` in the spec's layout, float32.
 
         Args:
             waveform: ``(batch, num_samples)`` float32 in [-1, 1] at ``spec.sample_rate`` Hz.
             mixing: a mixup draw, applied at ``mix_at``.
+            plain: what :meth:`plain` returned for these waveforms, which is then not computed again.
 
         Raises:
             WaveformError: not two-dimensional.
             ClipLengthError: shorter than ``spec.min_samples``.
         """
         with torch.autocast(device_type=waveform.device.type, enabled=False):
+            if plain is not None:
+                return self._finished(plain, mixing)
             return deque(self._walk(waveform, mixing), maxlen=1).pop()[1]
+
+    @property
+    def draws_late(self) -> bool:
+        """Whether all that training changes at random is the finished features, so that :meth:`plain` is for good."""
+        masks_late = self.masks is None or self.masks.at == "features"
+        return self.mel_jitter is None and masks_late and self.mix_at == "features"
+
+    def plain(self, waveform: Tensor) -> Tensor:
+        """Return the finished features ``(batch, windows, T, n_mels)`` before any are mixed, masked or moved."""
+        with torch.autocast(device_type=waveform.device.type, enabled=False):
+            return next(value for name, value in self._walk(waveform, None) if name == "length")
 
     def stages(self, waveform: Tensor) -> dict[str, Any]:
         """Return every intermediate by name, in order; see ``models_zoo.specs.STAGES`` for shapes."""
@@ -273,7 +287,10 @@ class TorchFrontend(nn.Module):
             y = y[:, :, :count]
             y = functional.pad(y, (0, 0, 0, count - y.shape[2]), value=spec.frames.fill)
         yield "length", y
+        yield "features", self._finished(y, mixing)
 
+    def _finished(self, y: Tensor, mixing: Mixing | None) -> Tensor:
+        """Return ``(batch, windows, T, n_mels)`` as training changes it, in the layout of the spec."""
         if self.training and self.mixstyle is not None:
             y = _restyled(y, self.mixstyle)
         plain = y
@@ -283,7 +300,7 @@ class TorchFrontend(nn.Module):
             y = _shifted(y, self.shift)
         if mixing is not None and self.mix_at == "features":
             y = mixing(y, plain if mixing.plain else None)
-        yield "features", self._arrange(y)
+        return self._arrange(y)
 
     def _mel_bank(self) -> tuple[slice, Tensor]:
         """Return the FFT bins and the ``(bins, n_mels)`` matrix of this call: the table, or a jittered one."""

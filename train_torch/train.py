@@ -207,7 +207,8 @@ def fit(
             ``recipe.distillation``, as ``teacher_logits`` does.
         teacher_logits: in place of teachers, their stored answers, see :func:`train_torch.distill.teach`.
         device, devices: where to train, and how many of them.
-        workers, cache_gib: see :class:`train_torch.data.ClipDataModule`.
+        workers: see :class:`train_torch.data.ClipDataModule`.
+        cache_gib: memory for decoded clips, and as much again for features that every epoch would compute anew.
         test: score the test split, if there is one, once at the end.
         tensorboard: also write TensorBoard logs, which imports TensorFlow where that is installed.
         progress: show bars.
@@ -303,6 +304,7 @@ def fit(
         tuple(validation.name_of(record) for record in validation.records),
         class_counts=dataset.select("train").class_counts(),
         teacher=teacher,
+        cache_gib=cache_gib,
     )
     if chief:
         _prepare_run_folder(folder, recipe, dataset, split_hash, resume=resume)

@@ -84,6 +84,18 @@ class Augmentation(Declaration):
     masks_at: Literal["log", "features"] = "log"
     shift: Annotated[tuple[int, int], Strict(False)] | None = None
 
+    @property
+    def changes_waveforms(self) -> bool:
+        """Whether clips are changed before the front end, beyond being cut or filled to the length of their batch."""
+        return bool(
+            self.speed
+            or self.gain_db
+            or self.roll_seconds
+            or self.equalise_db
+            or self.noise_probability
+            or self.mix_probability
+        )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for field in ("speed", "gain_db", "noise_snr_db", "mixup_weights"):
