@@ -16,12 +16,12 @@ __all__ = ["Event", "Prediction", "average_predictions"]
 
 @dataclass(frozen=True)
 class Event:
-    """A sound found in a recording: label, onset and offset in seconds, probability in [0, 1]."""
+    """A sound in a recording: label, onset and offset in seconds, probability in [0, 1] (1 where it was annotated)."""
 
     label: str
     onset: float
     offset: float
-    probability: float
+    probability: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
