@@ -1,15 +1,16 @@
 """Options, fixtures and the rule about skips.
 
-Tests that need recordings (``real_data``), the contracts' goldens (``contracts``) or a GPU (``gpu``) are deselected,
-with one printed line and the reason, where those are absent. Nothing may skip where they are present: with
-``CROSSFADE_NO_SKIPS=1`` (CI) a skip is a failure. With ``--onnx`` and ``--checkpoint`` only the parity of that model
-runs.
+Tests that need recordings (``real_data``), the contracts' goldens (``contracts``), an extra (``sed``, ``energy``) or a
+GPU (``gpu``) are deselected, with one printed line and the reason, where those are absent. Nothing may skip where they
+are present: with ``CROSSFADE_NO_SKIPS=1`` (CI) a skip is a failure. With ``--onnx`` and ``--checkpoint`` only the
+parity of that model runs.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def _data(config: pytest.Config) -> Path:
     return config.getoption("--data") or SHARED / "data"
 
 
+def _has_sed() -> bool:
+    from models_zoo.sed_metrics import has_sed_extra
+
+    return has_sed_extra()
+
+
 def _has_cuda() -> bool:
     import onnxruntime
 
@@ -60,6 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         ("own_model", lambda: own_model, ""),
         ("contracts", lambda: config.getoption("--contracts").is_dir(), "no goldens at --contracts"),
         ("real_data", lambda: _data(config).is_dir(), "no recordings at --data"),
+        ("sed", _has_sed, "the extra sed is not installed"),
+        ("energy", lambda: find_spec("codecarbon") is not None, "the extra energy is not installed"),
         ("gpu", _has_cuda, "onnxruntime has no CUDA provider here"),
     ]
     kept, removed = items, []
