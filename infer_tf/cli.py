@@ -104,9 +104,20 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
 
     evaluate = commands.add_parser("evaluate", help="accuracy and other measures on labelled recordings")
-    evaluate.add_argument("model", metavar="MODEL", help="an .onnx file, or the name of a shipped model")
+    evaluate.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="+",
+        help="an .onnx file, or the name of a shipped model; of several, or of a folder of them, the mean of their "
+        "probabilities is measured",
+    )
     evaluate.add_argument("--data", required=True, metavar="DIR", help="class folders, or a folder with metadata.csv")
     evaluate.add_argument("--split", default="test", help="train, validation, test (default) or all")
+    evaluate.add_argument(
+        "--members",
+        action="store_true",
+        help="of several models: measure each by itself too, and the mean against the best of them",
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--plot", type=_picture, metavar="FILE", help="picture of the confusion matrix")
     evaluate.add_argument("--force", action="store_true", help="replace existing outputs")
@@ -178,7 +189,10 @@ def _table(text: str) -> Path:
 def _classifier(arguments: argparse.Namespace) -> TFAudioClassifier:
     from infer_tf.classifier import TFAudioClassifier
 
-    return TFAudioClassifier(arguments.model, arguments.device, arguments.threads, max_seconds=arguments.max_seconds)
+    models = arguments.model
+    # One folder stands for the models in it, one in a list for itself.
+    model = models[0] if isinstance(models, list) and len(models) == 1 else models
+    return TFAudioClassifier(model, arguments.device, arguments.threads, max_seconds=arguments.max_seconds)
 
 
 def _check_outputs(arguments: argparse.Namespace, *outputs: Path | None) -> None:
@@ -299,14 +313,19 @@ def _print_prediction(arguments: argparse.Namespace, name: str, prediction: Pred
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from infer_tf.evaluation import evaluate, report_lines
+    from infer_tf.evaluation import compare_members, comparison_lines, evaluate, report_lines
     from models_zoo.dataset import read_dataset
 
     _check_outputs(arguments, arguments.plot)
     dataset = read_dataset(arguments.data)
     chosen = dataset.select(None if arguments.split == "all" else arguments.split)
     with _classifier(arguments) as classifier:
+        if arguments.members and len(classifier.paths) < 2:
+            raise _UsageError("--members compares several models with their mean; give two or more, or a folder")
         report = evaluate(classifier, chosen)
+        comparison = None
+        if arguments.members:
+            comparison = compare_members(classifier, report, chosen, device=arguments.device, threads=arguments.threads)
     if arguments.plot is not None:
         from infer_tf.plot import plot_confusion
 
@@ -321,10 +340,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         )
         print(f"wrote {arguments.plot}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"model": classifier.card.name, "split": arguments.split, **report.to_dict()}))
+        data = {"model": classifier.card.name, "split": arguments.split, **report.to_dict()}
+        print(json.dumps(data if comparison is None else {**data, "comparison": comparison.to_dict()}))
     else:
         print(f"{classifier.card.name} on {arguments.data} ({arguments.split}): {report.num_clips} recordings")
         print("\n".join(report_lines(report)))
+        if comparison is not None:
+            print()
+            print("\n".join(comparison_lines(comparison)))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from models_zoo.audio import load_audio
 from models_zoo.dataset import Dataset, Record
 from models_zoo.errors import DataError, ModelFileError, WaveformError
 
-__all__ = ["Report", "evaluate", "report_lines"]
+__all__ = ["Comparison", "Report", "compare_members", "comparison_lines", "evaluate", "report_lines"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class Report:
             per recording, ``recall`` and ``precision``; NaN where a class has none. Of a model of distributions the
             recordings it has a share in, its ``mean_weight``, and the ``mean_answer``.
         confusion: ``(num_classes, num_classes)`` counts, rows the truth, or None with several labels.
+        by_clip: (name of a measure that is a mean over recordings, its value for each ``(num_clips,)``), or None.
     """
 
     labels: tuple[str, ...]
@@ -41,6 +43,7 @@ class Report:
     measures: dict[str, float]
     per_class: dict[str, dict[str, float]]
     confusion: NDArray[np.int64] | None
+    by_clip: tuple[str, NDArray[np.float64]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data; NaN becomes None."""
@@ -56,6 +59,72 @@ class Report:
 
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Several models' mean against each of them, on the same recordings.
+
+    Attributes:
+        together: the report of the mean.
+        members: path and report of each model, in order.
+        best: the member with the best of the measure compared, on these very recordings, which favours it.
+        measure: what is compared: ``kl_divergence`` or ``accuracy``.
+        difference: (mean, low, high) of the measure, the mean of all minus the best member, with its 95 % interval by
+            a paired bootstrap over the recordings.
+    """
+
+    together: Report
+    members: tuple[tuple[str, Report], ...]
+    best: int
+    measure: str
+    difference: tuple[float, float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {
+            "members": [{"model": path, "measures": report.to_dict()["measures"]} for path, report in self.members],
+            "best_member": self.members[self.best][0],
+            "difference": dict(
+                zip(("measure", "mean", "low", "high"), (self.measure, *self.difference), strict=True),
+            ),
+        }
+
+
+def compare_members(
+    classifier: TFAudioClassifier,
+    together: Report,
+    dataset: Dataset,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Comparison:
+    """Return how the mean of several models, already evaluated, does against each of them.
+
+    Args:
+        classifier: of several models.
+        together: its report on ``dataset``.
+        dataset: the same recordings.
+        device, threads: for the members, see :class:`TFAudioClassifier`.
+
+    Raises:
+        DataError: the recordings have several labels each, which no mean over recordings measures.
+        AudioDecodeError, WaveformError: as :func:`evaluate`.
+    """
+    if together.by_clip is None:
+        raise DataError(
+            "members are compared by a measure that each recording has a value of, and recordings of several labels "
+            "have none; evaluate the models one by one"
+        )
+    reports = []
+    for path in classifier.paths:
+        with TFAudioClassifier(path, device, threads, max_seconds=classifier.max_seconds) as member:
+            reports.append((os.fspath(path), evaluate(member, dataset)))
+    measure, values = together.by_clip
+    sign = -1 if measure == "kl_divergence" else 1
+    best = max(range(len(reports)), key=lambda i: sign * reports[i][1].measures[measure])
+    (_, others) = reports[best][1].by_clip or together.by_clip
+    return Comparison(together, tuple(reports), best, measure, metrics.mean_and_interval(values - others))
 
 
 def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
@@ -95,10 +164,11 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
         label: {"clips": float(targets[:, i].sum()), "average_precision": float(precision[i]), "auc": float(auc[i])}
         for i, label in enumerate(labels)
     }
-    confusion = None
+    confusion = by_clip = None
     if known is None and (targets.sum(axis=1) == 1).all():
         truth, answers = targets.argmax(axis=1), scores.argmax(axis=1)
         confusion = metrics.confusion_matrix(truth, answers, len(labels))
+        by_clip = "accuracy", (truth == answers).astype(np.float64)
         measures = {
             "accuracy": metrics.accuracy(truth, answers),
             "balanced_accuracy": metrics.balanced_accuracy(truth, answers),
@@ -108,13 +178,14 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
             right, asked, answered = confusion[i, i], confusion[i].sum(), confusion[:, i].sum()
             per_class[label]["recall"] = right / asked if asked else float("nan")
             per_class[label]["precision"] = right / answered if answered else float("nan")
-    return Report(labels, len(dataset), measures, per_class, confusion)
+    return Report(labels, len(dataset), measures, per_class, confusion, by_clip)
 
 
 def _distribution_report(labels: tuple[str, ...], targets: NDArray[Any], scores: NDArray[np.float32]) -> Report:
     uniform = np.full(targets.shape, 1 / len(labels))
+    divergence = metrics.kl_divergence(targets, scores)
     measures = {
-        "kl_divergence": float(metrics.kl_divergence(targets, scores).mean()),
+        "kl_divergence": float(divergence.mean()),
         "kl_divergence_uniform": float(metrics.kl_divergence(targets, uniform).mean()),
     }
     per_class = {
@@ -125,7 +196,7 @@ def _distribution_report(labels: tuple[str, ...], targets: NDArray[Any], scores:
         }
         for i, label in enumerate(labels)
     }
-    return Report(labels, len(targets), measures, per_class, None)
+    return Report(labels, len(targets), measures, per_class, None, ("kl_divergence", divergence))
 
 
 def _matching_labels(classifier: TFAudioClassifier, dataset: Dataset) -> tuple[str, ...]:
@@ -177,3 +248,18 @@ def report_lines(report: Report) -> Iterator[str]:
     for label, row in report.per_class.items():
         cells = [f"{row['clips']:.0f}" if name == "clips" else f"{row[name]:.4f}" for name in columns]
         yield "  ".join([f"{label:<{width}}", *(f"{c:>{len(n)}}" for c, n in zip(cells, columns, strict=True))])
+
+
+def comparison_lines(comparison: Comparison) -> Iterator[str]:
+    """Yield the lines of a table of ``comparison`` for people."""
+    names = [*(path for path, _ in comparison.members), f"mean of these {len(comparison.members)}"]
+    width = max(map(len, [*names, "model"]))
+    yield f"{'model':<{width}}  {comparison.measure}"
+    for name, report in zip(names, [*(report for _, report in comparison.members), comparison.together], strict=True):
+        yield f"{name:<{width}}  {report.measures[comparison.measure]:>{len(comparison.measure)}.4f}"
+    mean, low, high = comparison.difference
+    yield ""
+    yield (
+        f"mean minus best member ({comparison.members[comparison.best][0]}): {mean:+.4f}, "
+        f"95 % interval {low:+.4f} to {high:+.4f}"
+    )

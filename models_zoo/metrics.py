@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 from scipy.special import ndtri, xlogy
 
 from models_zoo.errors import DataError
@@ -21,6 +22,7 @@ __all__ = [
     "confusion_matrix",
     "d_prime",
     "kl_divergence",
+    "mean_and_interval",
     "mean_average_precision",
     "mean_roc_auc",
     "roc_auc",
@@ -149,6 +151,40 @@ def kl_divergence(targets: ArrayLike, probabilities: ArrayLike) -> NDArray[np.fl
             )
     floor = float(np.finfo(np.float32).tiny)
     return np.asarray((xlogy(true, true) - xlogy(true, np.maximum(answer, floor))).sum(axis=1), np.float64)
+
+
+def mean_and_interval(
+    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return the mean over clips and the (low, high) ends of its bootstrap interval.
+
+    Of paired differences, clip by clip, it says whether one model is better than another on clips like these; it says
+    nothing about other seeds of their training.
+
+    Args:
+        values: ``(num_clips,)``, one number per clip.
+        confidence: share of such intervals that hold the true mean.
+        resamples: how many times as many clips are drawn with replacement.
+        seed: of the draws.
+
+    Raises:
+        DataError: fewer than two values, or one that is not finite.
+
+    Source: scipy.stats.bootstrap, percentile method.
+    """
+    value = np.asarray(values, np.float64)
+    if value.ndim != 1 or value.size < 2 or not np.isfinite(value).all():
+        raise DataError(f"got values of shape {value.shape}; expected a finite number per clip, of two clips at least")
+    drawn = stats.bootstrap(
+        (value,),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=resamples,
+        batch=100,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(value.mean()), float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def _indices(targets: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

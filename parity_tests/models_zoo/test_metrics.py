@@ -14,6 +14,7 @@ from models_zoo.metrics import (
     balanced_accuracy,
     confusion_matrix,
     d_prime,
+    mean_and_interval,
     mean_average_precision,
     mean_roc_auc,
     roc_auc,
@@ -131,3 +132,23 @@ def test_rankings_that_are_refused() -> None:
             roc_auc(np.zeros((3, 2)), bad)
     with pytest.raises(DataError, match="class index 5"):
         confusion_matrix([0, 5], [0, 1], 5)
+
+
+def test_the_interval_of_a_mean() -> None:
+    values = np.random.default_rng(3).normal(0.3, 1.0, 400)
+    mean, low, high = mean_and_interval(values)
+    half = 1.96 * values.std() / 20
+    assert mean == values.mean()
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.1 * half)
+    assert mean_and_interval(values) == (mean, low, high)
+    assert mean_and_interval(values, confidence=0.5)[1] > low
+    # Of clips like these, 95 % of such intervals hold the true mean.
+    rng = np.random.default_rng(0)
+    drawn = [mean_and_interval(rng.normal(0.3, 1.0, 60), resamples=400, seed=i) for i in range(200)]
+    assert 0.9 <= np.mean([low <= 0.3 <= high for _, low, high in drawn]) <= 0.99
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [[1.0, 2.0], [0.0, 1.0]]])
+def test_intervals_that_are_refused(values: list[float]) -> None:
+    with pytest.raises(DataError):
+        mean_and_interval(values)
