@@ -30,7 +30,7 @@ CARDS = Path(models_zoo.__file__).parent / "cards"
 def costs_of(card: ModelCard) -> Costs:
     """Return what the network of ``card`` costs, counted anew."""
     same = ("name", "metrics", "provenance", "checkpoint", "license", "training_data", "labels", "labels_sha256")
-    return _costs_of(card.model_dump_json(exclude={*same, "thresholds", "parameters", "macs"}))
+    return _costs_of(card.model_dump_json(exclude={*same, "thresholds", "median_filters", "parameters", "macs"}))
 
 
 @cache

@@ -13,19 +13,24 @@ convolutions where ONNX cannot express one; that is a matter of the graph, not o
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from models_zoo.cards import LengthPolicy, ModelInput
 from models_zoo.specs import FrontendSpec
 
-__all__ = ["CLIP_SECONDS", "Costs", "count_costs"]
+__all__ = ["CLIP_SECONDS", "ENCODER_TOKENS", "Costs", "count_costs"]
 
 CLIP_SECONDS = 10
 """Length of the clip whose multiply-accumulates are counted; the nearest legal one where a model takes no such clip."""
+
+ENCODER_TOKENS = 496
+"""Tokens of an encoder for that clip: those of BEATs. The encoder itself is not counted."""
 
 
 class Costs(NamedTuple):
@@ -33,7 +38,8 @@ class Costs(NamedTuple):
 
     Attributes:
         parameters: trainable numbers; the statistics of norms and other buffers are not among them.
-        macs: multiply-accumulates for one clip, or None where an input comes from neither front end nor waveform.
+        macs: multiply-accumulates for one clip, or None where an input comes from neither front end, waveform nor
+            encoder.
     """
 
     parameters: int
@@ -59,6 +65,9 @@ def count_costs(
     if shapes is None:
         return Costs(parameters, None)
     network = _without_weights(model)
+    for module in network.modules():
+        if isinstance(module, nn.GRU):
+            module.forward = partial(_products_of, module)  # type: ignore[method-assign]
     fed = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(**fed)
@@ -68,13 +77,34 @@ def count_costs(
 def _input_shapes(
     inputs: tuple[ModelInput, ...], frontend: FrontendSpec | None, policy: LengthPolicy
 ) -> dict[str, tuple[int, ...]] | None:
-    if frontend is None or any(part.source not in ("frontend", "waveform") for part in inputs):
+    if frontend is None or any(part.source not in ("frontend", "waveform", "encoder") for part in inputs):
         return None
     num_samples = max(CLIP_SECONDS * frontend.sample_rate, policy.min or 1, frontend.min_samples)
     num_samples = min(num_samples, policy.max or num_samples)
     num_samples -= num_samples % policy.multiple_of
     features = frontend.output_shape(num_samples)
-    return {part.name: features if part.source == "frontend" else (1, num_samples) for part in inputs}
+    shapes = {part.name: features if part.source == "frontend" else (1, num_samples) for part in inputs}
+    encoded = {
+        part.name: (1, *(int(axis) if axis.isdecimal() else ENCODER_TOKENS for axis in part.axes[1:]))
+        for part in inputs
+        if part.source == "encoder"
+    }
+    return shapes | encoded
+
+
+def _products_of(gru: nn.GRU, x: Tensor) -> tuple[Tensor, None]:
+    """Return states of the right shape for ``(batch, steps, inputs)``, with the products of all steps in one.
+
+    torch computes step after step, which on the meta device takes seconds for what one product tells.
+    """
+    directions = ["", "_reverse"] if gru.bidirectional else [""]
+    for layer in range(gru.num_layers):
+        states = x.new_empty((*x.shape[:2], gru.hidden_size))
+        for direction in directions:
+            functional.linear(x, getattr(gru, f"weight_ih_l{layer}{direction}"))
+            functional.linear(states, getattr(gru, f"weight_hh_l{layer}{direction}"))
+        x = torch.cat([states] * len(directions), 2)
+    return x, None
 
 
 def _without_weights(model: nn.Module) -> nn.Module:

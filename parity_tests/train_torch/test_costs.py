@@ -136,6 +136,20 @@ def test_the_clip_is_ten_seconds_or_the_nearest_legal_length(policy, frames):
     assert costs.macs == 64 * frames // 2 * (6 * 9 + 6 * 5) + 60
 
 
+def test_a_recurrent_part_counts_its_steps():
+    """Recomputed from the definition: per step and direction three gates of the input and of the last state."""
+    inputs = (ModelInput(name="features", axes=("batch", "128", "time"), source="frontend"),)
+    tiny = {"filters": [8], "pools": [[4, 128]], "rnn_size": 16, "num_classes": 3}
+    costs = {
+        layers: count_costs(create_model("crnn", **tiny, rnn_layers=layers), inputs, get_frontend("dcase_2024"))
+        for layers in (1, 2)
+    }
+    steps = 626 // 4
+    convolution, gate, heads = 626 * 128 * 9 * 8, 626 * 128 * 8 * 8, 2 * 3 * 32 * steps
+    assert costs[1].macs == convolution + gate + 2 * steps * 3 * 16 * (8 + 16) + heads
+    assert costs[2].macs - costs[1].macs == 2 * steps * 3 * 16 * (32 + 16)
+
+
 def test_a_network_tied_to_a_number_of_frames_is_counted_at_it():
     short, long = (
         card_of(create_model("mn01", num_classes=3, se_dims="ct", num_frames=frames), "mn01").macs

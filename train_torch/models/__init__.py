@@ -16,6 +16,7 @@ from models_zoo.schema import Declaration
 from models_zoo.specs import FrontendSpec
 from train_torch.costs import count_costs
 from train_torch.models.combined import Combined, CombinedOptions
+from train_torch.models.crnn import CRNN, CRNNOptions
 from train_torch.models.efficientat_dymn import DyMN, DyMNOptions
 from train_torch.models.efficientat_dymn_clip import DyMNClip
 from train_torch.models.efficientat_mn import MN, MNOptions
@@ -89,6 +90,7 @@ _ARCHITECTURES: dict[str, _Architecture] = {
     },
     "dymn": _Architecture(DyMN, DyMNOptions, {}),
     **{f"dymn{tenths:02d}": _Architecture(DyMN, DyMNOptions, {"width": tenths / 10}) for tenths in (4, 10, 20)},
+    "crnn": _Architecture(CRNN, CRNNOptions, {}),
     "mac": _Architecture(MAC, MACOptions, {}),
     **{f"mac_{pooling}": _Architecture(MAC, MACOptions, {"pooling": pooling}) for pooling in ("avg", "max")},
     "cnn14": _Architecture(Cnn14, Cnn14Options, {}),
