@@ -85,21 +85,21 @@ class Comparison:
     differences: tuple[Difference, ...]
 
     def markdown(self) -> str:
-        """Return the table of differences as Markdown; figures of 0 to 1 as percentages and points."""
+        """Return the table of differences as Markdown: shares as percentages and points, losses as they are."""
         lines = [
             f"{self.metric} on the test split, {len(self.seeds)} paired seeds ({', '.join(map(str, self.seeds))})",
             "",
             "| recipe | against | its mean | the other's | difference | 95 % interval | by seed |",
             "|---|---|---|---|---|---|---|",
         ]
-        scale = 1.0 if self.metric == "loss" else 100.0
+        scale, digits = (1.0, 4) if self.metric.endswith(("loss", "kl_divergence")) else (100.0, 1)
         for one in self.differences:
             low, high = one.interval()
-            by_seed = ", ".join(f"{scale * value:+.1f}" for value in one.values)
+            by_seed = ", ".join(f"{scale * value:+.{digits}f}" for value in one.values)
             lines.append(
-                f"| `{one.recipe}` | `{one.baseline}` | {scale * one.recipe_mean:.1f} | "
-                f"{scale * one.baseline_mean:.1f} | {scale * one.mean:+.1f} | "
-                f"{scale * low:+.1f} to {scale * high:+.1f} | {by_seed} |"
+                f"| `{one.recipe}` | `{one.baseline}` | {scale * one.recipe_mean:.{digits}f} | "
+                f"{scale * one.baseline_mean:.{digits}f} | {scale * one.mean:+.{digits}f} | "
+                f"{scale * low:+.{digits}f} to {scale * high:+.{digits}f} | {by_seed} |"
             )
         return "\n".join(lines)
 

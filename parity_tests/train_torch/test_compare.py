@@ -178,6 +178,8 @@ def test_the_interval_is_students_on_the_differences():
     assert difference.interval() == pytest.approx((expected.low, expected.high))
     table = Comparison("accuracy", (1, 2, 3, 4, 5), (), (difference,)).markdown()
     assert "| `b` | `a` | 51.8 | 50.0 | +1.8 | -1.2 to +4.8 | +2.0, -1.0, +5.0, +3.0, +0.0 |" in table
+    table = Comparison("kl_divergence", (1, 2, 3, 4, 5), (), (difference,)).markdown()
+    assert "| 0.5180 | 0.5000 | +0.0180 | -0.0116 to +0.0476 | +0.0200," in table
 
 
 @pytest.mark.parametrize(
