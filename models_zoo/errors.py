@@ -7,6 +7,7 @@
     ├── CardError (ValueError)              a model card is impossible; names the field
     ├── UnknownNameError (ValueError)       no such model, preset or label set; suggests near names
     ├── AudioDecodeError (ValueError)       a recording cannot be read; has a ``code``
+    ├── ImageDecodeError (ValueError)       a picture cannot be read; has a ``code``
     ├── WaveformError (ValueError)          an array is not a waveform; has a ``code``
     │   └── ClipLengthError                 a clip is shorter or longer than the model allows
     ├── DataError (ValueError)              a data folder, manifest or label table is wrong
@@ -40,6 +41,7 @@ __all__ = [
     "DeviceError",
     "DownloadError",
     "ExportError",
+    "ImageDecodeError",
     "MissingDependencyError",
     "ModelFileError",
     "OutputExistsError",
@@ -104,6 +106,14 @@ class AudioDecodeError(_CodedError):
 
     ``code`` is one of ``type``, ``not_found``, ``not_readable``, ``empty``, ``no_samples``, ``not_audio``,
     ``unsupported``, ``corrupt``, ``truncated``, ``sample_rate``, ``channels``, ``too_long``, ``non_finite``.
+    """
+
+
+class ImageDecodeError(_CodedError):
+    """A picture could not be turned into what a model takes.
+
+    ``code`` is one of ``type``, ``not_found``, ``not_readable``, ``empty``, ``not_image``, ``unsupported``,
+    ``corrupt``, ``animated``, ``too_large``, ``aspect``, ``dtype``, ``shape``.
     """
 
 
