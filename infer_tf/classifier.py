@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar, cast, overload
 
@@ -12,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer_tf.members import Members
+from infer_tf.streaming import EventStream, JoinedWindows, Scored
 from models_zoo.audio import AudioSource, as_waveform, load_audio, stream_audio
 from models_zoo.cards import ModelCard
 from models_zoo.decoding import check_window, class_names, decode, legal_segments
 from models_zoo.ensembles import Mean
-from models_zoo.errors import AudioDecodeError, ModelFileError, UnknownNameError, WaveformError
-from models_zoo.prediction import Prediction, average_predictions
+from models_zoo.errors import AudioDecodeError, CardError, ModelFileError, UnknownNameError, WaveformError
+from models_zoo.events import EventOptions
+from models_zoo.prediction import Event, Prediction, average_predictions
 from models_zoo.registry import get_card, list_models, list_shipped, shipped_model
 
 __all__ = ["Source", "TFAudioClassifier", "find_model"]
@@ -126,15 +129,39 @@ class TFAudioClassifier:
 
     @overload
     def predict(
-        self, source: AudioSource, sample_rate: int | None = None, channels_first: bool = False
+        self,
+        source: AudioSource,
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        *,
+        events: EventOptions | None = None,
     ) -> Prediction: ...
     @overload
     def predict(
-        self, source: list[Any] | tuple[Any, ...], sample_rate: int | None = None, channels_first: bool = False
+        self,
+        source: list[Any] | tuple[Any, ...],
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        *,
+        events: EventOptions | None = None,
     ) -> list[Prediction]: ...
     @overload
-    def predict(self, source: NDArray[Any], sample_rate: int | None = None, channels_first: bool = False) -> Any: ...
-    def predict(self, source: Any, sample_rate: int | None = None, channels_first: bool = False) -> Any:
+    def predict(
+        self,
+        source: NDArray[Any],
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        *,
+        events: EventOptions | None = None,
+    ) -> Any: ...
+    def predict(
+        self,
+        source: Any,
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        *,
+        events: EventOptions | None = None,
+    ) -> Any:
         """Return a Prediction, or a list of them for a list or a 2-D array.
 
         A batch never changes an answer: clips of equal length are scored together, others apart.
@@ -145,21 +172,37 @@ class TFAudioClassifier:
                 (see ``models_zoo.audio.as_waveform``); floats are taken to be in [-1, 1].
             sample_rate: rate of arrays, Hz, if it is not the model's; recordings state their own.
             channels_first: a 2-D array is ``(channels, num_samples)`` of one clip, not a batch.
+            events: how to find events, for a model of that task; what is left out is the card's.
 
         Raises:
             AudioDecodeError: a recording cannot be read; ``code`` says why.
             WaveformError: an array is no waveform; ``code`` says why.
             ClipLengthError: shorter or longer than the card allows, and it declares no rule for it.
             ModelFileError: the model has no clip scores, or returned NaN.
+            CardError: ``events`` for a model of another task.
+            UnknownNameError: an event option for a label the model does not have.
             ClosedError: after :meth:`close`.
         """
         if self._clip is None:
             raise ModelFileError(f"model {self.card.name!r} has no clip scores to predict from; use embed")
+        options = self._event_options(events)
 
         def answer(outputs: _Outputs, num_samples: int) -> Prediction:
-            return decode(self.card, outputs, end=num_samples / self.sample_rate)
+            return decode(self.card, outputs, end=num_samples / self.sample_rate, events=options)
 
         return self._answer(source, sample_rate, channels_first, answer)
+
+    def _event_options(self, events: EventOptions | None) -> EventOptions | None:
+        """Return how to find events in a clip, or None where the model is not for that."""
+        if self.card.task == "event_detection":
+            return events or EventOptions()
+        if events is not None:
+            raise CardError(
+                f"events: model {self.card.name!r} is for {self.card.task}; events are found by models for "
+                "event_detection",
+                field="task",
+            )
+        return None
 
     @overload
     def embed(
@@ -197,6 +240,7 @@ class TFAudioClassifier:
         *,
         sample_rate: int | None = None,
         channels_first: bool = False,
+        events: EventOptions | None = None,
     ) -> Iterator[Prediction]:
         """Yield a Prediction for each window of a recording of any length, in constant memory.
 
@@ -204,21 +248,124 @@ class TFAudioClassifier:
         overlap its neighbour by more than the others do (``Prediction.start`` and ``end`` say where each lies). A
         recording no longer than one window is scored whole, by the card's length policy.
 
+        Of a model for event detection, the windows are joined: ``Prediction.events`` are the events of the recording
+        that became final with a window, so that each event is in one of them, whole. ``hop`` is rounded down to whole
+        frames of the output, and the last window begins on a frame.
+
         Args:
             source: a path, a file's bytes, an open file, or a ``(num_samples,)`` array.
             window: seconds.
             hop: seconds between the beginnings of windows.
-            sample_rate, channels_first: of an array, as in :meth:`predict`.
+            sample_rate, channels_first, events: as in :meth:`predict`.
 
         Raises:
             WaveformError: ``window`` or ``hop`` is no sensible number; or as :meth:`predict`.
             ClipLengthError: ``window`` is not a legal clip length for this model.
-            AudioDecodeError, ModelFileError, ClosedError: as :meth:`predict`.
+            AudioDecodeError, ModelFileError, CardError, UnknownNameError, ClosedError: as :meth:`predict`.
         """
         if self._clip is None:
             raise ModelFileError(f"model {self.card.name!r} has no clip scores to predict from; use embed_windows")
+        if self._event_options(events) is not None:
+            return self._predictions(self._joined(source, window, hop, sample_rate, channels_first, events))
         windows = self._windows_of(source, window, hop, sample_rate, channels_first)
         return (decode(self.card, outputs, start=start, end=end) for outputs, start, end in windows)
+
+    def _predictions(self, windows: Iterator[Scored]) -> Iterator[Prediction]:
+        """Yield the prediction of each window, the last events with the last one."""
+        held: Prediction | None = None
+        for scored in windows:
+            found = tuple(scored.events)
+            if scored.outputs is None:
+                assert held is not None  # a recording that ended with a window
+                held = replace(held, events=(*(held.events or ()), *found))
+                continue
+            if held is not None:
+                yield held
+            start, end = scored.start / self.sample_rate, scored.end / self.sample_rate
+            held = replace(decode(self.card, scored.outputs, start=start, end=end), events=found)
+        if held is not None:
+            yield held
+
+    def detect(
+        self,
+        source: Source,
+        window: float = 10.0,
+        hop: float = 5.0,
+        *,
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        events: EventOptions | None = None,
+    ) -> Iterator[Event]:
+        """Yield the events of a recording of any length as they become final, in constant memory.
+
+        Windows overlap, and their frame scores are cross-faded into those of the recording before anything else is
+        done with them: no event is cut or doubled where a window ends. For any model that scores frames.
+
+        Args:
+            source: a path, a file's bytes, an open file, or a ``(num_samples,)`` array.
+            window: seconds; best the length of the clips the model was trained on.
+            hop: seconds between the beginnings of windows, at most ``window``; rounded down to whole frames.
+            sample_rate, channels_first: of an array, as in :meth:`predict`.
+            events: how to find events; what is left out is the card's.
+
+        Raises:
+            CardError: the model scores no frames.
+            UnknownNameError: an event option for a label the model does not have.
+            WaveformError: ``window`` or ``hop`` is no sensible number; or as :meth:`predict`.
+            ClipLengthError: ``window`` is not a legal clip length for this model.
+            AudioDecodeError, ModelFileError, ClosedError: as :meth:`predict`.
+        """
+        joined = self._joined(source, window, hop, sample_rate, channels_first, events)
+        return (event for scored in joined for event in scored.events)
+
+    def stream(
+        self,
+        window: float = 10.0,
+        hop: float = 5.0,
+        *,
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        events: EventOptions | None = None,
+    ) -> EventStream:
+        """Return a stream that takes audio in chunks and returns events as they become final.
+
+        Args:
+            window, hop, events: as in :meth:`detect`. Shorter ones answer sooner, from less context: see
+                :attr:`EventStream.latency`.
+            sample_rate: of the chunks, Hz; None for the model's.
+            channels_first: chunks are ``(channels, num_samples)``.
+
+        Raises:
+            CardError, UnknownNameError, WaveformError, ClipLengthError, ClosedError: as :meth:`detect`.
+        """
+        windows = self._joiner(window, hop, events)
+        return EventStream(windows, self.card, sample_rate=sample_rate, channels_first=channels_first)
+
+    def _joiner(self, window: float, hop: float, events: EventOptions | None) -> JoinedWindows:
+        self._members.check_usable()
+        size, step = self._samples("window", window), self._samples("hop", hop)
+        options = (events or EventOptions()).over(self.card)
+        return JoinedWindows(self.card, self._run, size, step, self.labels, options)
+
+    def _joined(
+        self,
+        source: Source,
+        window: float,
+        hop: float,
+        sample_rate: int | None,
+        channels_first: bool,
+        events: EventOptions | None,
+    ) -> Iterator[Scored]:
+        """Return the joined windows of a recording; refuse bad arguments at once."""
+        joined = self._joiner(window, hop, events)
+        blocks = self._blocks(source, sample_rate, channels_first)
+
+        def scored() -> Iterator[Scored]:
+            for block in blocks:
+                yield from joined.feed(block)
+            yield from joined.close()
+
+        return scored()
 
     def predict_average(
         self,
@@ -265,12 +412,14 @@ class TFAudioClassifier:
         self._members.check_usable()
         size, step = self._samples("window", window), self._samples("hop", hop)
         check_window(size, self.card)
+        return self._windows(self._blocks(source, sample_rate, channels_first), size, step)
+
+    def _blocks(self, source: Source, sample_rate: int | None, channels_first: bool) -> Iterable[NDArray[np.float32]]:
+        """Return a recording of any length in blocks at the model's rate, or an array as one."""
         if _is_array(source):
-            blocks: Iterable[NDArray[np.float32]] = [self._waveform(source, sample_rate, channels_first)]
-        else:
-            _refuse_rate(sample_rate)
-            blocks = stream_audio(cast(AudioSource, source), self._spec)
-        return self._windows(blocks, size, step)
+            return [self._waveform(source, sample_rate, channels_first)]
+        _refuse_rate(sample_rate)
+        return stream_audio(cast(AudioSource, source), self._spec)
 
     def _windows(
         self, blocks: Iterable[NDArray[np.float32]], size: int, step: int

@@ -32,6 +32,7 @@ __all__ = [
     "AudioInfo",
     "AudioSource",
     "as_waveform",
+    "checked_rate",
     "load_audio",
     "probe_audio",
     "stream_audio",
@@ -459,7 +460,7 @@ def as_waveform(
         WaveformError: with ``code`` ``dtype``, ``rank``, ``empty``, ``non_finite``, ``range``, ``sample_rate`` or
             ``channels``.
     """
-    rate = spec.sample_rate if sample_rate is None else _checked_rate(sample_rate)
+    rate = spec.sample_rate if sample_rate is None else checked_rate(sample_rate)
     samples = _to_float32(array)
     if samples.ndim not in (1, 2) or (channels_first and samples.ndim != 2):
         expected = "(channels, num_samples)" if channels_first else "(num_samples,) or (batch, num_samples)"
@@ -491,7 +492,12 @@ def as_waveform(
     return np.ascontiguousarray(samples)
 
 
-def _checked_rate(sample_rate: object) -> int:
+def checked_rate(sample_rate: object) -> int:
+    """Return a sample rate in Hz as an int.
+
+    Raises:
+        WaveformError: no whole number from the lowest to the highest of :data:`SAMPLE_RATES` (code ``sample_rate``).
+    """
     low, high = SAMPLE_RATES
     whole = isinstance(sample_rate, (int, np.integer)) and not isinstance(sample_rate, (bool, np.bool_))
     if not whole and isinstance(sample_rate, (float, np.floating)):

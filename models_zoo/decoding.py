@@ -6,16 +6,26 @@ difference between them can only come from the front end or the network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models_zoo.cards import ModelCard
-from models_zoo.errors import ClipLengthError, ModelFileError
+from models_zoo.errors import CardError, ClipLengthError, ModelFileError
+from models_zoo.events import EventOptions, FrameGrid, decode_events
 from models_zoo.prediction import Prediction
 
-__all__ = ["check_window", "class_names", "decode", "legal_segments", "probabilities_of", "window_starts"]
+__all__ = [
+    "check_window",
+    "class_names",
+    "decode",
+    "frame_scores",
+    "legal_segments",
+    "probabilities_of",
+    "window_starts",
+]
 
 
 def probabilities_of(scores: NDArray[np.float32], *, task: str, kind: str | None) -> NDArray[np.float32]:
@@ -155,48 +165,68 @@ def class_names(card: ModelCard, num_classes: int) -> tuple[str, ...]:
 
 
 def decode(
-    card: ModelCard, outputs: Mapping[str, NDArray[np.float32]], *, start: float = 0.0, end: float = 0.0
+    card: ModelCard,
+    outputs: Mapping[str, NDArray[np.float32]],
+    *,
+    start: float = 0.0,
+    end: float = 0.0,
+    events: EventOptions | None = None,
 ) -> Prediction:
     """Return the answer to one clip from what the graph returned for its segments.
 
-    Probabilities and embeddings are averaged over the segments; logits and frame scores are kept only where there is
-    one segment. The first frame begins with the clip.
+    Probabilities and embeddings are averaged over the segments; logits, frame scores and events are kept only where
+    there is one segment. The first frame begins with the clip.
 
     Args:
         card: of the model.
         outputs: output name -> ``(segments, ...)`` float32.
-        start, end: seconds of the recording that were scored.
+        start, end: seconds of the recording that were scored; an ``end`` of 0 is not known.
+        events: how to find events in the frame scores of a clip that begins its recording, and None not to; what it
+            leaves out is the card's.
 
     Raises:
         ModelFileError: the model has no clip scores, or not as many as its card has labels.
+        UnknownNameError: an event option for a label the model does not have.
     """
     clip = card.clip_output()
     if clip is None:
         raise ModelFileError(f"model {card.name!r} has no clip scores to predict from; use embed")
     scores = outputs[clip.name]
     probabilities = probabilities_of(scores, task=card.task, kind=clip.kind)
+    labels = class_names(card, scores.shape[-1])
     embedding = card.embedding_output()
-    frames = None if len(scores) > 1 else _frames(card, outputs)
+    frames = grid = found = None
+    if len(scores) == 1 and card.frame_output() is not None and card.frontend is not None:
+        frames, grid = frame_scores(card, outputs), FrameGrid.of(card)
+        if events is not None:
+            found = decode_events(frames, labels, grid, events.over(card), end=end or math.inf)
     return Prediction(
-        labels=class_names(card, scores.shape[-1]),
+        labels=labels,
         probabilities=probabilities.mean(axis=0) if len(probabilities) > 1 else probabilities[0],
         logits=scores[0] if clip.kind == "logit" and len(scores) == 1 else None,
         embedding=None if embedding is None else outputs[embedding.name].mean(axis=0),
         start=start,
         end=end,
-        frame_probabilities=None if frames is None else frames[0],
-        frame_times=None if frames is None else start + frames[1],
+        frame_probabilities=frames,
+        frame_times=None
+        if frames is None or grid is None
+        else start + np.arange(frames.shape[1], dtype=np.float64) * grid.seconds,
+        events=found,
     )
 
 
-def _frames(
-    card: ModelCard, outputs: Mapping[str, NDArray[np.float32]]
-) -> tuple[NDArray[np.float32], NDArray[np.float64]] | None:
-    """Return ``(num_classes, num_frames)`` probabilities of one segment and seconds from its begin, if it has any."""
-    frame, frontend = card.frame_output(), card.frontend
-    if frame is None or frontend is None:
-        return None
-    scores = np.moveaxis(outputs[frame.name], frame.time_axis, 1)[0]  # (num_frames, num_classes)
-    probabilities = probabilities_of(scores, task=card.task, kind=frame.kind)
-    seconds = frame.hop * frontend.framing.hop_length / frontend.sample_rate
-    return np.ascontiguousarray(probabilities.T), np.arange(len(probabilities), dtype=np.float64) * seconds
+def frame_scores(card: ModelCard, outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return the frame scores of one segment as probabilities, ``(num_classes, num_frames)`` float32.
+
+    Args:
+        card: of the model.
+        outputs: output name -> ``(1, ...)`` float32.
+
+    Raises:
+        CardError: the model scores no frames.
+    """
+    frame = card.frame_output()
+    if frame is None:
+        raise CardError(f"model {card.name!r} scores no frames", field="outputs")
+    scores = np.moveaxis(outputs[frame.name], frame.time_axis, 1)[0]
+    return np.ascontiguousarray(probabilities_of(scores, task=card.task, kind=frame.kind).T)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Prediction:
         start, end: seconds of the recording that were scored.
         frame_probabilities: ``(num_classes, num_frames)`` float32 of a model that scores frames, or None.
         frame_times: ``(num_frames,)`` seconds at which a frame begins, or None.
-        events: sounds found, for event detection.
+        events: sounds found, by onset; None where they were not looked for, which only event detection does.
     """
 
     labels: tuple[str, ...]
@@ -47,7 +47,7 @@ class Prediction:
     end: float = 0.0
     frame_probabilities: NDArray[np.float32] | None = None
     frame_times: NDArray[np.float64] | None = None
-    events: tuple[Event, ...] = field(default=())
+    events: tuple[Event, ...] | None = None
 
     def top(self, k: int = 5) -> list[tuple[str, int, float]]:
         """Return the ``k`` most probable classes as (label, index, probability), the lower index first on ties."""
@@ -75,7 +75,7 @@ class Prediction:
         if self.frame_probabilities is not None and self.frame_times is not None:
             data["frame_times"] = self.frame_times.tolist()
             data["frame_probabilities"] = [self.frame_probabilities[index].tolist() for _, index, _ in top]
-        if self.events:
+        if self.events is not None:
             data["events"] = [vars(event) for event in self.events]
         return data
 

@@ -1,4 +1,8 @@
-"""A model small enough to write down: features -> mean over time -> two matrices, with a card inside."""
+"""Models small enough to write down, with a card inside.
+
+One of clips: features -> mean over time -> two matrices. One of events: features -> a convolution over time -> scores
+of every fourth frame, which depend on where a window begins and ends, as those of real networks do.
+"""
 
 from __future__ import annotations
 
@@ -83,4 +87,94 @@ def tiny_model(card: ModelCard | None = None, **graph: Any) -> bytes:
 def write_tiny(path: Path, card: ModelCard | None = None, **graph: Any) -> Path:
     """Write :func:`tiny_model` to ``path`` and return it."""
     path.write_bytes(tiny_model(card, **graph))
+    return path
+
+
+EVENT_LABELS = ("hiss", "hum", "tick", "whistle")
+TOKEN_SIZE = 6
+
+
+def event_card(*, embeddings: bool = False, mask: bool = False, turned: bool = True, **changes: Any) -> ModelCard:
+    """Return the card of :func:`event_model`, with ``changes``."""
+    classes = str(len(EVENT_LABELS))
+    inputs = [{"name": "features", "axes": ["batch", "128", "time"], "source": "frontend"}]
+    if embeddings:
+        inputs.append({"name": "embeddings", "axes": ["batch", str(TOKEN_SIZE), "tokens"], "source": "encoder"})
+    if mask:
+        inputs.append({"name": "classes_mask", "dtype": "bool", "axes": ["batch", classes], "source": "caller"})
+    axes = ["batch", classes, "frames"] if turned else ["batch", "frames", classes]
+    fields: dict[str, Any] = {
+        "task": "event_detection",
+        "inputs": inputs,
+        "outputs": [
+            {"name": "strong", "role": "frame", "kind": "probability", "axes": axes, "hop": 4},
+            {"name": "weak", "role": "clip", "kind": "probability", "axes": ["batch", classes]},
+        ],
+        "frontend": get_frontend("dcase_2023").to_dict(),
+        "labels": list(EVENT_LABELS),
+    }
+    return tiny_card(**{**fields, **changes})
+
+
+def event_model(card: ModelCard | None = None, *, seed: int = 0, scale: float = 1.0) -> bytes:
+    """Return the bytes of a model that scores frames: ``features`` and what else the card asks for -> its outputs."""
+    card = card or event_card()
+    rng = np.random.default_rng(seed)
+    classes = len(EVENT_LABELS)
+    kernel = rng.standard_normal((classes, 128, 9)).astype(np.float32)
+    kernel -= kernel.mean(axis=(1, 2), keepdims=True)
+    weights = {"kernel": kernel * np.float32(scale), "bias": np.zeros(classes, np.float32)}
+    inputs = {part.name: part for part in card.inputs}
+    nodes = [
+        helper.make_node("Conv", ["features", "kernel", "bias"], ["heard"], pads=[4, 4]),
+        helper.make_node("AveragePool", ["heard"], ["pooled"], kernel_shape=[4], strides=[4]),
+    ]
+    last = "pooled"
+    if "embeddings" in inputs:
+        weights["shrink"] = rng.standard_normal((TOKEN_SIZE, classes)).astype(np.float32)
+        weights["column"] = np.array([2], np.int64)
+        nodes += [
+            helper.make_node("ReduceMean", ["embeddings"], ["token"], axes=[2], keepdims=0),
+            helper.make_node("MatMul", ["token", "shrink"], ["shrunk"]),
+            helper.make_node("Unsqueeze", ["shrunk", "column"], ["fused"]),
+            helper.make_node("Add", [last, "fused"], ["sum"]),
+        ]
+        last = "sum"
+    nodes.append(helper.make_node("Sigmoid", [last], ["scores"]))
+    last = "scores"
+    if "classes_mask" in inputs:
+        weights["column"] = np.array([2], np.int64)
+        nodes += [
+            helper.make_node("Cast", ["classes_mask"], ["valid"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["valid", "column"], ["valid_column"]),
+            helper.make_node("Mul", [last, "valid_column"], ["masked"]),
+        ]
+        last = "masked"
+    turned = card.outputs[0].time_axis == 2
+    nodes += [
+        helper.make_node("Identity", [last], ["strong"])
+        if turned
+        else helper.make_node("Transpose", [last], ["strong"], perm=[0, 2, 1]),
+        helper.make_node("ReduceMax", [last], ["weak"], axes=[2], keepdims=0),
+    ]
+    types = {"float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
+
+    def described(part: Any, dtype: int) -> Any:
+        axes = [int(axis) if axis.isdigit() else axis for axis in part.axes]
+        return helper.make_tensor_value_info(part.name, dtype, axes)
+
+    graph = helper.make_graph(
+        nodes,
+        "events",
+        [described(part, types[part.dtype]) for part in card.inputs],
+        [described(part, TensorProto.FLOAT) for part in card.outputs],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return with_metadata(proto, {CARD_KEY: card.to_json()})
+
+
+def write_events(path: Path, card: ModelCard | None = None, **graph: Any) -> Path:
+    """Write :func:`event_model` to ``path`` and return it."""
+    path.write_bytes(event_model(card, **graph))
     return path
