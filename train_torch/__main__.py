@@ -392,7 +392,7 @@ def _teach(options: argparse.Namespace) -> None:
 def _combine(options: argparse.Namespace) -> None:
     from train_torch.checkpoint import save_checkpoint
     from train_torch.models.ensemble import combine
-    from train_torch.train import name_of
+    from train_torch.run_folder import name_of
 
     network, card = combine(
         options.checkpoint,

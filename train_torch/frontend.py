@@ -194,6 +194,16 @@ class TorchFrontend(nn.Module):
         with torch.autocast(device_type=waveform.device.type, enabled=False):
             return next(value for name, value in self._walk(waveform, None) if name == "length")
 
+    def mel(self, waveform: Tensor) -> Tensor:
+        """Return the linear mel values ``(batch, windows, T, n_mels)``, before the log."""
+        with torch.autocast(device_type=waveform.device.type, enabled=False):
+            return next(value for name, value in self._walk(waveform, None) if name == "mel")
+
+    def from_mel(self, mel: Tensor) -> Tensor:
+        """Return the features, as :meth:`forward` does, of what :meth:`mel` returned, changed or not."""
+        with torch.autocast(device_type=mel.device.type, enabled=False):
+            return deque(self._walk_on(mel, None), maxlen=1).pop()[1]
+
     def stages(self, waveform: Tensor) -> dict[str, Any]:
         """Return every intermediate by name, in order; see ``models_zoo.specs.STAGES`` for shapes."""
         return dict(self._walk(waveform, None))
@@ -257,7 +267,11 @@ class TorchFrontend(nn.Module):
         if mixing is not None and self.mix_at == "mel":
             mel = mixing(mel)
         yield "mel", mel  # (batch, windows, T, n_mels)
+        yield from self._walk_on(mel, mixing)
 
+    def _walk_on(self, mel: Tensor, mixing: Mixing | None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the stages behind linear mel values ``(batch, windows, T, n_mels)``."""
+        spec = self.spec
         y = torch.log(mel + spec.log.floor if spec.log.floor_mode == "add" else mel.clamp(min=spec.log.floor))
         if spec.log.gain != 1:
             y = y * spec.log.gain

@@ -10,34 +10,26 @@ A run that was killed and resumed therefore ends with the same weights as one th
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import json
 import logging
 import os
 import platform
-import re
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
-from tqdm import tqdm
 
 from models_zoo.cards import LengthPolicy, ModelCard
 from models_zoo.dataset import Dataset, Group, read_dataset
-from models_zoo.errors import CheckpointError, DataError, DeviceError, MissingDependencyError, OutputExistsError
-from models_zoo.files import check_writable, replacing
+from models_zoo.errors import CheckpointError, DataError, DeviceError, MissingDependencyError
+from models_zoo.files import replacing
 from models_zoo.presets import get_frontend
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
 from train_torch.classifier import Classifier, selected_by
@@ -49,122 +41,28 @@ from train_torch.models.ensemble import load_ensemble
 from train_torch.optim import check_temperature, freeze
 from train_torch.plots import plot_confusion, plot_learning_curves
 from train_torch.recipes import Recipe
+from train_torch.run_folder import (
+    REPORT,
+    STATE,
+    AtomicCheckpointIO,
+    Progress,
+    RunFolder,
+    check_run_folder,
+    expected_warnings,
+    name_of,
+    prepare_run_folder,
+    split_hash_of,
+)
 
-__all__ = ["fit", "name_of"]
+__all__ = ["fit"]
 
 _log = logging.getLogger(__name__)
 
-_STATE = "state.ckpt"
-_REPORT = "report.json"
-_OWN_FILES = (
-    "recipe.json", "split.csv", "metrics.csv", _STATE, "model.safetensors", "last.safetensors", _REPORT,
+OWN_FILES = (
+    "recipe.json", "split.csv", "metrics.csv", STATE, "model.safetensors", "last.safetensors", REPORT,
     "learning_curves.png", "confusion_validation.png", "confusion_test.png",
 )  # fmt: skip
-
-
-class _AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes Lightning's checkpoints completely or not at all."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        # Through memory: torch's own writer reports a full disk as something other than an OSError.
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        with replacing(path, force=True) as partial:
-            partial.write_bytes(buffer.getbuffer())
-
-
-class _RunFolder(Checkpoint):
-    """Keeps the run folder up to date after every epoch: metrics, best model, and the state to resume from."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.history: list[dict[str, float]] = []
-        self.best_score = -np.inf
-        self.best_epoch = -1
-        self._started = time.monotonic()
-        self._lr = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "best_score": self.best_score, "best_epoch": self.best_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history, self.best_score = state_dict["history"], state_dict["best_score"]
-        self.best_epoch = state_dict["best_epoch"]
-
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._started = time.monotonic()
-
-    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        classifier = cast(Classifier, pl_module)
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        row = {"epoch": trainer.current_epoch, "lr": self._lr, **values}
-        self.history.append({**row, "seconds": time.monotonic() - self._started})
-        if values["val_score"] > self.best_score:
-            self.best_score, self.best_epoch = values["val_score"], trainer.current_epoch
-            if trainer.is_global_zero:
-                save_checkpoint(self.folder / "model.safetensors", classifier.model, self.card(classifier), force=True)
-        if trainer.is_global_zero:
-            self._write_history()
-        trainer.save_checkpoint(self.folder / _STATE)
-
-    def card(self, classifier: Classifier) -> ModelCard:
-        """Return the card with what the latest epoch measured."""
-        latest = self.history[-1]
-        measured = {
-            name.replace("val_", "validation_"): value
-            for name, value in latest.items()
-            if name.startswith("val_") and name != "val_score"
-        }
-        card = classifier.card.replace(options=classifier.model.options)
-        return card.replace(metrics=measured, provenance={**card.provenance, "epoch": int(latest["epoch"])})
-
-    def _write_history(self) -> None:
-        with replacing(self.folder / "metrics.csv", force=True) as partial, open(partial, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(self.history[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.history)
-
-
-class _Progress(Callback):
-    """One bar for the whole run, on stderr."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        total = int(trainer.estimated_stepping_batches)
-        self._bar = tqdm(total=total, initial=trainer.global_step, unit="step", mininterval=1.0)
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        self._bar.update(1)
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        shown = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "val_score"}
-        self._bar.set_postfix({"epoch": trainer.current_epoch + 1, **{k: f"{v:.3f}" for k, v in shown.items()}})
-
-    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-@contextmanager
-def _expected_warnings() -> Iterator[None]:
-    """Silence what Lightning says about choices made here on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-        # Frozen norms are, and stay, in evaluation mode.
-        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-        # The epoch is counted by batches of a sampler of our own, shorter than the default logging interval.
-        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-        # The schedule is stepped once per optimiser step; under 16-mixed the scaler may skip the very first.
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
-        # Lightning 2.6 asks torch 2.11 about batches in a way that torch has renamed.
-        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-        yield
+"""What a finished run leaves in its folder."""
 
 
 def fit(
@@ -237,11 +135,11 @@ def fit(
         )
     logger = _tensorboard(folder) if tensorboard else False
     if chief:
-        _check_run_folder(folder, recipe, resume=resume, force=force)
-        if resume and (folder / _REPORT).exists():
+        check_run_folder(folder, recipe, OWN_FILES, resume=resume, force=force)
+        if resume and (folder / REPORT).exists():
             _check_same_teacher(folder, teachers, teacher_logits, checkpoints)
             _log.info("%s: this run is finished; nothing to resume", folder)
-            return cast(dict[str, Any], json.loads((folder / _REPORT).read_text(encoding="utf-8")))
+            return cast(dict[str, Any], json.loads((folder / REPORT).read_text(encoding="utf-8")))
 
     split_seed = recipe.seed if recipe.split_seed is None else recipe.split_seed
     dataset = split_dataset(
@@ -266,7 +164,7 @@ def fit(
         _log.info("note: %s", remark)
 
     torch.manual_seed(recipe.seed)
-    split_hash = _split_hash(dataset)
+    split_hash = split_hash_of(dataset)
     model, card = _start(recipe, dataset, name or name_of(folder), init, init_card, checkpoints)
     check_temperature(model, recipe)
     frozen = freeze(model, recipe.freeze)
@@ -307,15 +205,15 @@ def fit(
         cache_gib=cache_gib,
     )
     if chief:
-        _prepare_run_folder(folder, recipe, dataset, split_hash, resume=resume)
-    run = _RunFolder(folder)
-    callbacks: list[Callback] = [_Progress()] if progress and chief else []
+        prepare_run_folder(folder, recipe, dataset, OWN_FILES, resume=resume)
+    run = RunFolder(folder, card, {"model": classifier.model})
+    callbacks: list[Callback] = [Progress()] if progress and chief else []
     if recipe.patience:
         callbacks.append(
             EarlyStopping("val_score", mode="max", patience=recipe.patience, check_on_train_epoch_end=True)
         )
     callbacks.append(run)
-    with _expected_warnings():
+    with expected_warnings():
         trainer = lightning.Trainer(
             accelerator=accelerator,
             devices=devices,
@@ -323,7 +221,7 @@ def fit(
             precision=recipe.precision,
             max_epochs=recipe.epochs,
             callbacks=callbacks,
-            plugins=[_AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO()],
             logger=logger,
             enable_checkpointing=True,
             enable_progress_bar=False,
@@ -333,11 +231,11 @@ def fit(
             sync_batchnorm=devices > 1 and accelerator == "gpu",
             default_root_dir=folder,
         )
-        state = folder / _STATE
+        state = folder / STATE
         trainer.fit(classifier, module, ckpt_path=state if resume and state.exists() else None, weights_only=True)
     if not trainer.is_global_zero:
         return {}
-    save_checkpoint(folder / "last.safetensors", classifier.model, run.card(classifier), force=True)
+    save_checkpoint(folder / "last.safetensors", classifier.model, run.card_of(classifier.model), force=True)
     return _finish(
         folder, run, dataset, recipe, test=test, device=classifier.device, cache_gib=cache_gib, began=started
     )
@@ -350,29 +248,6 @@ def _tensorboard(folder: Path) -> Any:
         return TensorBoardLogger(folder, name="", version="tensorboard")
     except ModuleNotFoundError as error:
         raise MissingDependencyError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
-
-
-def name_of(folder: Path) -> str:
-    """Return a legal model name made from the run folder's."""
-    return re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("._-") or "model"
-
-
-def _check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, force: bool) -> None:
-    check_writable(folder / "recipe.json", force=True)
-    present = [name for name in _OWN_FILES if (folder / name).exists()]
-    if present and not resume and not force:
-        raise OutputExistsError(
-            f"{folder} holds a run already ({', '.join(present[:3])}, ...); pass --resume to go on with it, --force to "
-            "replace it, or choose another folder"
-        )
-    if resume and (folder / "recipe.json").exists():
-        before = Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8"))
-        changed = [field for field in Recipe.model_fields if getattr(before, field) != getattr(recipe, field)]
-        if changed:
-            raise DataError(
-                f"cannot resume {folder}: it was begun with another recipe; different: {', '.join(changed)}; give the "
-                "same options, or --force to start afresh"
-            )
 
 
 def _check_same_teacher(
@@ -391,32 +266,6 @@ def _check_same_teacher(
             f"{folder} holds a finished run that learnt from other teachers ({named(before)}); "
             "give the same, --force to replace it, or choose another folder"
         )
-
-
-def _prepare_run_folder(folder: Path, recipe: Recipe, dataset: Dataset, split_hash: str, *, resume: bool) -> None:
-    """Begin the run in ``folder``: an earlier one is removed only now that nothing stands in the way."""
-    if resume and (folder / "split.csv").exists():
-        before = hashlib.sha256((folder / "split.csv").read_bytes()).hexdigest()
-        if before != split_hash:
-            raise DataError(
-                f"cannot resume {folder}: the data or its split changed since it was begun; give the same data and "
-                "split options, or --force to start afresh"
-            )
-    if not resume:
-        for name in _OWN_FILES:
-            (folder / name).unlink(missing_ok=True)
-    with replacing(folder / "recipe.json", force=True) as partial:
-        partial.write_text(recipe.to_json(indent=2) + "\n", encoding="utf-8")
-    dataset.write_split(folder / "split.csv", force=True)
-
-
-def _split_hash(dataset: Dataset) -> str:
-    """Return the sha256 that ``split.csv`` will have."""
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("file", "label", "split"))
-    writer.writerows((dataset.name_of(record), ";".join(record.labels), record.split) for record in dataset.records)
-    return hashlib.sha256(stream.getvalue().encode("utf-8")).hexdigest()
 
 
 def _start(
@@ -494,7 +343,7 @@ def _teacher(
 
 def _finish(
     folder: Path,
-    run: _RunFolder,
+    run: RunFolder,
     dataset: Dataset,
     recipe: Recipe,
     *,
@@ -525,6 +374,6 @@ def _finish(
         "this_process": time.monotonic() - began,
     }
     save_checkpoint(folder / "model.safetensors", best.model, best.card.replace(metrics=measured), force=True)
-    with replacing(folder / _REPORT, force=True) as partial:
+    with replacing(folder / REPORT, force=True) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
