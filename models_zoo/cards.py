@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from models_zoo.errors import CardError
+from models_zoo.images import ImageSpec
 from models_zoo.schema import Declaration, Sequence
 from models_zoo.specs import FrontendSpec
 
@@ -168,6 +169,7 @@ class ModelCard(_Part):
         options: keyword arguments for it.
         inputs, outputs: of the graph, in order.
         frontend: waveform -> features, or None for a model without one.
+        image: picture -> what the network takes, or None for a model that looks at none.
         labels: class names in order, or None for a bare embedding or an unlabelled checkpoint.
         labels_sha256: hash of ``labels``; computed when left out, checked when given.
         length_policy: legal clip lengths.
@@ -194,6 +196,7 @@ class ModelCard(_Part):
     inputs: Sequence[ModelInput] = Field(min_length=1)
     outputs: Sequence[ModelOutput] = Field(min_length=1)
     frontend: FrontendSpec | None = None
+    image: ImageSpec | None = None
     labels: Sequence[str] | None = None
     labels_sha256: str | None = None
     length_policy: LengthPolicy = LengthPolicy()
@@ -230,6 +233,9 @@ class ModelCard(_Part):
                 raise CardError(f"{field}: got {names}; expected each name once", field=field)
         if any(part.source == "frontend" for part in self.inputs) and self.frontend is None:
             raise CardError("frontend: missing, although an input comes from it", field="frontend")
+        if any(part.source == "image" for part in self.inputs) != (self.image is not None):
+            given = "given, although no input is one" if self.image else "missing, although an input is one"
+            raise CardError(f"image: {given}; it says how a picture is read", field="image")
         if self.labels is not None:
             repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
             if repeated or not self.labels:

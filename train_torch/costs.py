@@ -77,19 +77,21 @@ def count_costs(
 def _input_shapes(
     inputs: tuple[ModelInput, ...], frontend: FrontendSpec | None, policy: LengthPolicy
 ) -> dict[str, tuple[int, ...]] | None:
-    if frontend is None or any(part.source not in ("frontend", "waveform", "encoder") for part in inputs):
+    sources = {part.source for part in inputs}
+    if "caller" in sources or (frontend is None and sources != {"image"}):
         return None
+    shapes: dict[str, tuple[int, ...]] = {
+        part.name: (1, *(int(axis) if axis.isdecimal() else ENCODER_TOKENS for axis in part.axes[1:]))
+        for part in inputs
+        if part.source in ("encoder", "image")
+    }
+    if frontend is None:
+        return shapes
     num_samples = max(CLIP_SECONDS * frontend.sample_rate, policy.min or 1, frontend.min_samples)
     num_samples = min(num_samples, policy.max or num_samples)
     num_samples -= num_samples % policy.multiple_of
-    features = frontend.output_shape(num_samples)
-    shapes = {part.name: features if part.source == "frontend" else (1, num_samples) for part in inputs}
-    encoded = {
-        part.name: (1, *(int(axis) if axis.isdecimal() else ENCODER_TOKENS for axis in part.axes[1:]))
-        for part in inputs
-        if part.source == "encoder"
-    }
-    return shapes | encoded
+    audio = {"frontend": frontend.output_shape(num_samples), "waveform": (1, num_samples)}
+    return shapes | {part.name: audio[part.source] for part in inputs if part.source in audio}
 
 
 def _products_of(gru: nn.GRU, x: Tensor) -> tuple[Tensor, None]:

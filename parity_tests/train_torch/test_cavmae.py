@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from models_zoo.cards import ModelCard
 from models_zoo.errors import CardError, ClipLengthError, SpecError
+from models_zoo.images import ImageSpec
+from models_zoo.presets import get_frontend
 from parity_tests.networks import contract_state
 from parity_tests.tolerances import (
     GOLDEN_CAV_MAE,
@@ -16,6 +19,7 @@ from parity_tests.tolerances import (
     GOLDEN_CAV_MAE_POSITIONS,
     GOLDEN_CAV_MAE_SMALL_BLOCK,
 )
+from train_torch.models import create_from_card, create_model, new_card
 from train_torch.models.cavmae import CAVMAEFT, CAVMAEFTOptions
 from train_torch.models.cavmae_blocks import position_table
 from train_torch.models.cavmae_pretrain import (
@@ -377,3 +381,43 @@ def test_maskings_that_cannot_be_are_refused():
         draw_masking(torch.rand(1, 4), 1.0)
     with pytest.raises(SpecError, match="unstructured"):
         draw_masking(torch.rand(1, 8), 0.5, grid=(2, 4), kind="time")
+
+
+def test_cards_say_which_inputs_and_lengths_a_network_takes():
+    published, free = get_frontend("cav_mae"), get_frontend("cav_mae").replace(frames=None)
+    cases = [
+        ("cavmaeft", {}, published, ["features", "image"], (400, None)),
+        ("cavmaeft_audio", {}, published, ["features"], (400, None)),
+        ("cavmaeft_audio", {"dynamic_time": True}, free, ["features"], (400 + 15 * 160, 400 + 1024 * 160 - 1)),
+        ("cavmaeft", {"mode": "videoonly"}, None, ["image"], (None, None)),
+    ]
+    for name, options, frontend, inputs, lengths in cases:
+        model = create_model(name, num_classes=3, embed_dim=24, num_heads=3, **options)
+        image = ImageSpec() if "image" in inputs else None
+        card = new_card(
+            "example", name, model=model, frontend=frontend, image=image, task="single_label", labels=list("abc")
+        )
+        assert [part.name for part in card.inputs] == inputs
+        assert (card.length_policy.min, card.length_policy.max) == lengths
+        assert create_from_card(card).options == model.options
+        assert card.macs > 0
+
+
+def test_a_card_must_say_the_mode():
+    model = create_model("cavmaeft_audio", num_classes=3, embed_dim=24, num_heads=3)
+    card = new_card(
+        "example", "cavmaeft_audio", model=model, frontend=get_frontend("cav_mae"), task="single_label", labels=None
+    )
+    forgotten = card.replace(architecture="cavmaeft", options={**card.options, "image": True}).to_dict()
+    del forgotten["options"]["mode"]
+    with pytest.raises(CardError, match=r"options\.mode: missing"):
+        create_from_card(ModelCard.from_dict(forgotten))
+
+
+def test_a_picture_of_another_size_does_not_fit_the_card():
+    model = create_model("cavmaeft", num_classes=3, mode="videoonly", embed_dim=24, num_heads=3)
+    described = {"model": model, "frontend": None, "task": "single_label", "labels": None}
+    with pytest.raises(CardError, match=r"image.size: .* 96; the model takes 224"):
+        new_card("example", "cavmaeft", **described, image=ImageSpec(size=96))
+    with pytest.raises(CardError, match="image: missing"):
+        new_card("example", "cavmaeft", **described)

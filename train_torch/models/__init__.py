@@ -15,6 +15,8 @@ from models_zoo.registry import get_card, list_models
 from models_zoo.schema import Declaration
 from models_zoo.specs import FrontendSpec
 from train_torch.costs import count_costs
+from train_torch.models.cavmae import CAVMAEFT, CAVMAEFTOptions
+from train_torch.models.cavmae_pretrain import CAVMAE, CAVMAEOptions
 from train_torch.models.combined import Combined, CombinedOptions
 from train_torch.models.crnn import CRNN, CRNNOptions
 from train_torch.models.efficientat_dymn import DyMN, DyMNOptions
@@ -54,7 +56,7 @@ class Model(Protocol):
         children_in_order: where they are not declared in the order they are computed in: their names in that order.
         layout: of the features it takes, in :class:`FrontendSpec` terms.
         exporter, exporter_reason: which of torch's ONNX exporters serves the family, and why.
-        min_frames: fewest frames of features it takes; 1 where it does not say.
+        min_frames, max_frames: fewest and most frames of features it takes; 1 and any where it does not say.
         length_policy: what it asks of a clip in samples, beyond its frames; nothing where it does not say.
         published_frontend: published files of the family hold the tensors of a front end, which are compared with the
             card's and left out; False where it does not say.
@@ -91,6 +93,9 @@ _ARCHITECTURES: dict[str, _Architecture] = {
     "dymn": _Architecture(DyMN, DyMNOptions, {}),
     **{f"dymn{tenths:02d}": _Architecture(DyMN, DyMNOptions, {"width": tenths / 10}) for tenths in (4, 10, 20)},
     "crnn": _Architecture(CRNN, CRNNOptions, {}),
+    "cavmae": _Architecture(CAVMAE, CAVMAEOptions, {}),
+    "cavmaeft": _Architecture(CAVMAEFT, CAVMAEFTOptions, {}),
+    "cavmaeft_audio": _Architecture(CAVMAEFT, CAVMAEFTOptions, {"image": False, "mode": "audioonly"}),
     "mac": _Architecture(MAC, MACOptions, {}),
     **{f"mac_{pooling}": _Architecture(MAC, MACOptions, {"pooling": pooling}) for pooling in ("avg", "max")},
     "cnn14": _Architecture(Cnn14, Cnn14Options, {}),
@@ -259,16 +264,17 @@ def _length_policy(model: Model, frontend: FrontendSpec) -> LengthPolicy:
     if features is None:
         return asked
     axis = features.axes[frontend.layout.split(" ").index("t")]
-    least: int = getattr(model, "min_frames", 1)
-    if not axis.isdecimal() and least == 1:
-        return asked
-    frames = int(axis) if axis.isdecimal() else least
-    first, beyond = (_fewest_samples(frontend, count) for count in (frames, frames + 1))
-    if first is None or (axis.isdecimal() and first == beyond):
-        raise CardError(f"frontend: no clip length gives the {frames} frames this model takes", field="frontend")
-    if not axis.isdecimal():
-        return asked.replace(min=max(asked.min or 1, first))
-    return asked.replace(min=first, max=None if beyond is None else beyond - 1)
+    fixed = axis.isdecimal()
+    least: int = int(axis) if fixed else getattr(model, "min_frames", 1)
+    most: int | None = int(axis) if fixed else getattr(model, "max_frames", None)
+    first = _fewest_samples(frontend, least)
+    beyond = None if most is None else _fewest_samples(frontend, most + 1)
+    if first is None or (fixed and first == beyond):
+        raise CardError(f"frontend: no clip length gives the {least} frames this model takes", field="frontend")
+    return asked.replace(
+        min=max(asked.min or 1, first) if fixed or least > 1 else asked.min,
+        max=asked.max if beyond is None else min(asked.max or beyond, beyond - 1),
+    )
 
 
 def _narrowed(policy: LengthPolicy, needed: LengthPolicy) -> LengthPolicy:
@@ -320,6 +326,13 @@ def check_card(model: nn.Module, card: ModelCard) -> None:
             f"task: card {card.name!r} says {card.task!r}; the model answers with log-probabilities that sum to one, "
             f"so one class takes from another; choose {' or '.join(map(repr, _EXCLUSIVE))}",
             field="task",
+        )
+    seen = next((part for part in card.inputs if part.source == "image"), None)
+    if seen is not None and card.image is not None and seen.axes[-1] != str(card.image.size):
+        raise CardError(
+            f"image.size: card {card.name!r} has {card.image.size}; the model takes {seen.axes[-1]}; pass image_size "
+            "to the model",
+            field="image.size",
         )
     frontend = card.frontend
     if frontend is None:
