@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy import fft
 from torch import Tensor
 
-from train_torch.frontend import Mixing
+from models_zoo.errors import DataError
+from train_torch.frontend import Mixing, PairMixing
 from train_torch.recipes import Augmentation
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "coloured_noise",
     "draw_light_mixing",
     "draw_mixing",
+    "draw_pairs",
     "equalise",
     "fit_length",
     "mix_labels",
@@ -167,6 +169,19 @@ def draw_light_mixing(
     )
 
 
+def draw_pairs(batch: int, rng: np.random.Generator, *, alpha: float, device: torch.device | str = "cpu") -> PairMixing:
+    """Return a mixup draw that makes one clip of two, with Beta(alpha, alpha) for the first of each pair.
+
+    Raises:
+        DataError: an odd number of clips.
+
+    Source: PANNs utils/utilities.py Mixup and pytorch/pytorch_utils.py do_mixup (alpha 1).
+    """
+    if batch % 2:
+        raise DataError(f"got {batch} clips to mix in pairs; expected an even number")
+    return PairMixing(torch.as_tensor(rng.beta(alpha, alpha, batch // 2), dtype=torch.float32, device=device))
+
+
 def mix_waveforms(mixing: Mixing, waveform: Tensor) -> Tensor:
     """Return ``waveform`` ``(batch, num_samples)`` with clips added as drawn, each brought to mean zero before.
 
@@ -178,7 +193,9 @@ def mix_waveforms(mixing: Mixing, waveform: Tensor) -> Tensor:
     return torch.where(mixing.weight.view(-1, 1) < 1, mixed, waveform)
 
 
-def mix_labels(mixing: Mixing, targets: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def mix_labels(
+    mixing: Mixing | PairMixing, targets: Tensor, known: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return ``(batch, num_classes)`` targets mixed with the clips' own weights, and how far each is known.
 
     Binary cross-entropy is linear in its target, so the loss of a mix is the loss against the one clip's label times

@@ -10,15 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models_zoo.cards import ModelCard
-from models_zoo.errors import DataError
-from train_torch.augment import draw_light_mixing, draw_mixing, mix_labels, mix_waveforms
+from models_zoo.cards import ModelCard, ModelOutput
+from models_zoo.errors import DataError, SpecError
+from train_torch.augment import draw_light_mixing, draw_mixing, draw_pairs, mix_labels, mix_waveforms
 from train_torch.data import Batch
 from train_torch.distill import Teacher, distillation_loss, named
 from train_torch.evaluation import collect
 from train_torch.feature_cache import FeatureCache
-from train_torch.frontend import MelJitter, Mixing, MixStyle, Shift, SpecMasks, TorchFrontend
+from train_torch.frontend import (
+    MelJitter,
+    Mixing,
+    MixStyle,
+    PairMixing,
+    Shift,
+    SpecMasks,
+    TorchFrontend,
+    network_inputs,
+)
 from train_torch.losses import balancing_weights, clip_loss, supcon_loss
+from train_torch.network_hooks import NetworkHooks
 from train_torch.optim import check_temperature, configure, freeze, keep_frozen
 from train_torch.recipes import Recipe
 
@@ -35,7 +45,7 @@ class Classifier(lightning.LightningModule):
     """A model behind its front end, trained on batches of waveforms.
 
     Args:
-        model: takes the front end's features by name, returns a dict; channels last in memory, which is faster.
+        model: takes features, waveform or both by name, returns a dict; channels last in memory, which is faster.
         card: of the model.
         recipe: how to train it.
         files: of the validation clips, in order.
@@ -46,7 +56,8 @@ class Classifier(lightning.LightningModule):
     Raises:
         DataError: the loss is class-balanced and a class has no training clip; or a recipe that distils has no
             teacher, or a teacher no recipe that distils.
-        SpecError: the recipe freezes what the model does not have, or schedules a temperature it does not have.
+        SpecError: the recipe asks for what the model does not have: parts to freeze, a temperature, an embedding, a
+            place to mix or mask at.
     """
 
     def __init__(
@@ -68,18 +79,27 @@ class Classifier(lightning.LightningModule):
         self.files = files
         self.teacher = teacher
         self.model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        masks = None
+        if settings.masks is not None:
+            masks = SpecMasks(
+                *settings.masks, num_time=settings.time_masks, num_mel=settings.mel_masks, at=settings.masks_at
+            )
+        self._hooks = NetworkHooks(
+            self.model,
+            masks=masks if settings.masks_at == "norm" else None,
+            mixes=bool(settings.mixup_alpha) and settings.mixup_at == "norm",
+        )
         self.frontend = TorchFrontend(
             card.frontend,
             mel_jitter=None if settings.mel_jitter is None else MelJitter(*settings.mel_jitter),
-            masks=None
-            if settings.masks is None
-            else SpecMasks(*settings.masks, num_time=settings.time_masks, at=settings.masks_at),
+            masks=None if settings.masks_at == "norm" else masks,
             shift=None if settings.shift is None else Shift(*settings.shift),
             mixstyle=MixStyle(settings.mixstyle_probability, settings.mixstyle_alpha)
             if settings.mixstyle_probability
             else None,
-            mix_at=settings.mixup_at,
+            mix_at="features" if settings.mixup_at == "norm" else settings.mixup_at,
         )
+        _check_fit(card, recipe)
         if recipe.bn_momentum is not None:
             for module in self.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -101,16 +121,25 @@ class Classifier(lightning.LightningModule):
         self._kept = FeatureCache(self.frontend, cache_gib)
 
     def outputs(
-        self, waveform: Tensor, mixing: Mixing | None = None, plain: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return logits ``(batch, num_classes)`` and embedding of ``(batch, num_samples)`` waveforms."""
-        outputs = self.model(**{self.card.inputs[0].name: self.frontend(waveform, mixing, plain)})
-        clip = self.card.clip_output()
+        self, waveform: Tensor, mixing: Mixing | PairMixing | None = None, plain: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return clip scores ``(batch, num_classes)`` and embedding, if any, of ``(batch, num_samples)`` waveforms.
+
+        Args:
+            waveform: see :meth:`TorchFrontend.forward`.
+            mixing: a mixup draw, applied where the recipe says.
+            plain: see :meth:`TorchFrontend.forward`.
+        """
+        inside = self.recipe.augmentation.mixup_at == "norm"
+        inputs = network_inputs(self.card.inputs, self.frontend, waveform, None if inside else mixing, plain)
+        with self._hooks.mixing(mixing if inside else None):
+            outputs = self.model(**inputs)
+        clip, embedding = self.card.clip_output(), _embedding_of(self.card)
         assert clip is not None
-        return outputs[clip.name], outputs["embedding"]
+        return outputs[clip.name], None if embedding is None else outputs[embedding.name]
 
     def logits(self, waveform: Tensor) -> Tensor:
-        """Return ``(batch, num_classes)`` for ``(batch, num_samples)`` waveforms."""
+        """Return ``(batch, num_classes)`` clip scores for ``(batch, num_samples)`` waveforms."""
         return self.outputs(waveform)[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -126,8 +155,10 @@ class Classifier(lightning.LightningModule):
             waveform = mix_waveforms(mix, waveform)
             targets, known = mix_labels(mix, targets, known)
             answers = None if answers is None else answers.mixed(mix)
-        mixup = None
-        if settings.mixup_alpha:
+        mixup: Mixing | PairMixing | None = None
+        if settings.mixup_pairs:
+            mixup = draw_pairs(size, rng, alpha=settings.mixup_alpha, device=self.device)
+        elif settings.mixup_alpha:
             mixup = draw_mixing(size, rng, alpha=settings.mixup_alpha, probability=1.0, device=self.device)
         elif settings.mixup_weights is not None:
             mixup = draw_light_mixing(
@@ -140,22 +171,30 @@ class Classifier(lightning.LightningModule):
         if mixup is not None:
             targets, known = mix_labels(mixup, targets, known)
             answers = None if answers is None else answers.mixed(mixup)
-        logits, embedding = self.outputs(waveform, mixup, self._kept.features(batch))
+        scores, embedding = self.outputs(waveform, mixup, self._kept.features(batch))
         task, share = self.recipe.task, self.recipe.loss.supcon
+        clip = self.card.clip_output()
+        assert clip is not None
         loss = clip_loss(
-            logits, targets, task, label_smoothing=smoothing, class_weights=self._class_weights, known=known
+            scores,
+            targets,
+            task,
+            kind=clip.kind,
+            label_smoothing=smoothing,
+            class_weights=self._class_weights,
+            known=known,
         )
         if answers is not None and self.recipe.distillation is not None:
             weight = self.recipe.distillation.weight
-            loss = (1 - weight) * loss + weight * distillation_loss(logits, answers, task)
-        if share:
+            loss = (1 - weight) * loss + weight * distillation_loss(scores, answers, task)
+        if share and embedding is not None:
             contrast = supcon_loss(embedding, targets, task, temperature=self.recipe.loss.supcon_temperature)
             loss = (1 - share) * loss + share * contrast
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(scores), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep the logits of a batch."""
+        """Keep the scores of a batch."""
         self._scored.append((batch, self.outputs(batch.waveform, plain=self._kept.features(batch))[0]))
 
     def on_validation_epoch_end(self) -> None:
@@ -211,3 +250,44 @@ class Classifier(lightning.LightningModule):
         """Return the recipe's optimiser and its schedule."""
         total = max(int(self.trainer.estimated_stepping_batches), 1)
         return configure(self.model, self.recipe, total)
+
+
+def _embedding_of(card: ModelCard) -> ModelOutput | None:
+    """Return the model's embedding, or None where it has none."""
+    return next((output for output in card.outputs if output.role == "embedding"), None)
+
+
+def _check_fit(card: ModelCard, recipe: Recipe) -> None:
+    """Refuse a recipe that asks for what the model of ``card`` cannot give.
+
+    Raises:
+        SpecError: says what.
+    """
+    settings = recipe.augmentation
+    if recipe.loss.supcon and _embedding_of(card) is None:
+        raise SpecError(
+            f"loss.supcon: got {recipe.loss.supcon}; a {card.architecture!r} answers without an embedding to contrast; "
+            "leave it out",
+            field="loss.supcon",
+        )
+    clip = card.clip_output()
+    if recipe.distillation is not None and clip is not None and clip.kind == "probability":
+        raise SpecError(
+            f"distillation: a {card.architecture!r} answers with probabilities; learning from a teacher's logits needs "
+            "logits or log-probabilities; choose another model, or leave it out",
+            field="distillation",
+        )
+    if not any(part.source == "frontend" for part in card.inputs):
+        late = ("mel_jitter", "shift", "mixstyle_probability", *(() if settings.masks_at == "norm" else ("masks",)))
+        for field in late:
+            if getattr(settings, field):
+                raise SpecError(
+                    f"augmentation.{field}: got {getattr(settings, field)}; a {card.architecture!r} takes no features, "
+                    "so nothing would be changed; leave it out",
+                    field=f"augmentation.{field}",
+                )
+        if settings.mixup_at == "mel":
+            raise SpecError(
+                f"augmentation.mixup_at: got 'mel'; a {card.architecture!r} takes no features; mix 'samples'",
+                field="augmentation.mixup_at",
+            )

@@ -8,7 +8,7 @@ from a generator seeded by (seed, epoch, clip): the number of workers, a restart
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,10 +26,11 @@ from models_zoo.audio import load_audio
 from models_zoo.cards import ModelCard
 from models_zoo.dataset import SPLITS, Dataset, Group
 from models_zoo.decoding import legal_segments
-from models_zoo.errors import CardError, ClipLengthError, DataError
+from models_zoo.errors import CardError, ClipLengthError, DataError, SpecError
 from models_zoo.mixtures import count_clipped
 from train_torch.augment import augment, fit_length
-from train_torch.recipes import Recipe, SamplingRecipe
+from train_torch.recipes import Recipe
+from train_torch.sampling import ClassDraws, ClipDraws, sampling_weights
 
 __all__ = [
     "Batch",
@@ -39,7 +40,6 @@ __all__ = [
     "TrainingBatches",
     "count_table",
     "evaluation_loader",
-    "sampling_weights",
     "split_dataset",
 ]
 
@@ -76,13 +76,15 @@ class Batch:
 class _Request:
     """Which clips make a batch.
 
-    For training ``epoch`` seeds their changes and ``num_samples`` is their length; for evaluation ``epoch`` is None,
-    and ``segments`` says which legal segment of each clip is wanted.
+    For training ``epoch`` seeds their changes and ``num_samples`` is their length, and ``takes`` says how often each
+    has come before in this epoch, which seeds its changes too; for evaluation ``epoch`` is None, and ``segments`` says
+    which legal segment of each clip is wanted.
     """
 
     indices: tuple[int, ...]
     num_samples: int
     epoch: int | None = None
+    takes: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
 
 
@@ -223,7 +225,8 @@ class ClipData(torch.utils.data.Dataset[Batch]):
             pairs = zip(request.indices, request.segments, strict=True)
             rows = [self._segments(index, self._waveform(index))[segment] for index, segment in pairs]
         else:
-            rows = [self._changed(index, request.num_samples, request.epoch) for index in request.indices]
+            takes = zip(request.indices, request.takes, strict=True)
+            rows = [self._changed(index, request.num_samples, (request.epoch, index, take)) for index, take in takes]
         index = torch.tensor(request.indices)
         known = None if self.known is None else self.known[index]
         if request.epoch is None:
@@ -243,9 +246,9 @@ class ClipData(torch.utils.data.Dataset[Batch]):
         except ClipLengthError as error:
             raise ClipLengthError(f"{self.dataset.records[index].file}: {error}", code=error.code) from None
 
-    def _changed(self, index: int, num_samples: int, epoch: int) -> Waveform:
-        settings = self.recipe.augmentation
-        rng = np.random.default_rng((self.recipe.seed, epoch, index))
+    def _changed(self, index: int, num_samples: int, seed: tuple[int, int, int]) -> Waveform:
+        settings, epoch = self.recipe.augmentation, seed[0]
+        rng = np.random.default_rng((self.recipe.seed, *seed))
         waveform, repeat = self._waveform(index), self.card.length_policy.short == "repeat"
         if rng.random() >= settings.share * min(1.0, (epoch + 1) / (settings.ramp_epochs + 1)):
             return fit_length(waveform, num_samples, rng, repeat=repeat)
@@ -261,30 +264,6 @@ def _share() -> tuple[int, int]:
     return 0, 1
 
 
-def sampling_weights(dataset: Dataset, sampling: SamplingRecipe) -> NDArray[np.float64]:
-    """Return ``(num_clips,)``, how likely a clip is to be drawn next: rare classes more.
-
-    A clip's weight is the sum over its labels of 1000 / (offset + clips with that label). A clip without a label, of
-    which only absences are known, has weight 0 and is never drawn.
-
-    Raises:
-        DataError: fewer clips could be drawn than an epoch is to have.
-
-    Source: EfficientAT datasets/audioset.py, get_ft_cls_balanced_sample_weights.
-    """
-    targets = dataset.multi_hot().astype(np.float64)
-    counts = targets.sum(axis=0)
-    each = np.divide(1000.0, sampling.offset + counts, out=np.zeros_like(counts), where=counts > 0)
-    weights: NDArray[np.float64] = targets @ each
-    if sampling.clips_per_epoch > np.count_nonzero(weights):
-        raise DataError(
-            f"sampling.clips_per_epoch: got {sampling.clips_per_epoch}; {dataset.root} has "
-            f"{np.count_nonzero(weights)} training clips with a label, and they are drawn without replacement; give "
-            "at most as many (about half of them lets the weights do something)"
-        )
-    return weights
-
-
 class TrainingBatches(Sampler[_Request]):
     """Requests for the batches of an epoch, in an order and of lengths that follow from (seed, epoch).
 
@@ -296,8 +275,14 @@ class TrainingBatches(Sampler[_Request]):
     def __init__(self, data: ClipData) -> None:
         self.data = data
         self.epoch = 0
-        sampling = data.recipe.sampling
-        self._weights = None if sampling is None else sampling_weights(data.dataset, sampling)
+        recipe = data.recipe
+        sampling = recipe.sampling
+        self._weights = self._by_class = None
+        if sampling is not None and sampling.kind == "weighted":
+            self._weights = sampling_weights(data.dataset, sampling)
+        elif sampling is not None:
+            self._by_class = ClassDraws(data.dataset, recipe.seed)
+        self._by_clip = ClipDraws(len(data), recipe.seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next; Lightning calls it."""
@@ -308,20 +293,16 @@ class TrainingBatches(Sampler[_Request]):
         clips = len(self.data) if sampling is None else sampling.clips_per_epoch
         return max(1, clips // self.data.recipe.batch_size // _share()[1])
 
-    def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Return the clips of the epoch, shuffled."""
-        sampling = self.data.recipe.sampling
-        if sampling is None or self._weights is None:
-            return rng.permutation(len(self.data))
-        share = self._weights / self._weights.sum()
-        drawn = rng.choice(len(share), sampling.clips_per_epoch, replace=False, p=share)
-        # The likely ones are drawn first; batches should not know.
-        return rng.permutation(drawn)
-
-    def __iter__(self) -> Iterator[_Request]:
-        recipe, rate = self.data.recipe, self.data.spec.sample_rate
-        rng = np.random.default_rng((recipe.seed, self.epoch))
-        order = self._order(rng)
+    def _shuffled(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+        """Return the batches of an epoch in which no clip comes twice."""
+        recipe = self.data.recipe
+        if recipe.sampling is None or self._weights is None:
+            order = rng.permutation(len(self.data))
+        else:
+            share = self._weights / self._weights.sum()
+            drawn = rng.choice(len(share), recipe.sampling.clips_per_epoch, replace=False, p=share)
+            # The likely ones are drawn first; batches should not know.
+            order = rng.permutation(drawn)
         pool = recipe.sort_batches * recipe.batch_size
         if recipe.sort_batches > 1:
             lengths = np.asarray(self.data.lengths)
@@ -330,11 +311,43 @@ class TrainingBatches(Sampler[_Request]):
         batches = [order[start : start + recipe.batch_size] for start in range(0, len(order), recipe.batch_size)]
         if len(batches) > 1 and len(batches[-1]) < recipe.batch_size:
             batches.pop()
+        if recipe.augmentation.mixup_pairs:
+            batches = [batch[: len(batch) // 2 * 2] for batch in batches]  # a lone batch may be odd
+        return [batches[position] for position in rng.permutation(len(batches))]
+
+    def _drawn(self, by_class: ClassDraws) -> list[NDArray[np.int64]]:
+        """Return the batches of an epoch whose clips are drawn class by class, in every step or in every other one.
+
+        The draws go on from epoch to epoch.
+        """
+        sampling, size, world = self.data.recipe.sampling, self.data.recipe.batch_size, _share()[1]
+        alternating = sampling is not None and sampling.kind == "alternating"
+        batches = []
+        for number in range(self.epoch * len(self) * world, (self.epoch + 1) * len(self) * world):
+            step, process = divmod(number, world)
+            if alternating:
+                # All processes of a step draw alike, so that it is steps that alternate.
+                draws = self._by_clip if step % 2 else by_class
+                number = step // 2 * world + process
+            else:
+                draws = by_class
+            batches.append(draws(number * size, size))
+        return batches
+
+    def __iter__(self) -> Iterator[_Request]:
+        recipe, rate = self.data.recipe, self.data.spec.sample_rate
+        rng = np.random.default_rng((recipe.seed, self.epoch))
+        batches = self._shuffled(rng) if self._by_class is None else self._drawn(self._by_class)
         # Room for the slowed clips of a batch, save the longest of them, which lose their ends.
         room = 1.0 if recipe.augmentation.speed is None else recipe.augmentation.speed[0] ** -0.5
         requests = []
-        for position in rng.permutation(len(batches)):
-            indices = tuple(int(index) for index in batches[position])
+        seen: Counter[int] = Counter()
+        for batch in batches:
+            indices = tuple(int(index) for index in batch)
+            takes = []
+            for index in indices:
+                takes.append(seen[index])
+                seen[index] += 1
             longest = max(self.data.lengths[index] for index in indices) * room
             if recipe.seconds is not None:
                 limit = (
@@ -343,7 +356,7 @@ class TrainingBatches(Sampler[_Request]):
                     else rng.uniform(recipe.crop_seconds_min, recipe.seconds)
                 )
                 longest = min(longest, limit * rate)
-            requests.append(_Request(indices, self._legal(round(longest)), self.epoch))
+            requests.append(_Request(indices, self._legal(round(longest)), self.epoch, tuple(takes)))
         rank, world = _share()
         yield from requests[rank : len(self) * world : world]
 
@@ -397,8 +410,22 @@ class ClipDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self.workers = workers
-        if recipe.sampling is not None:
-            sampling_weights(dataset.select("train"), recipe.sampling)  # refuses before a clip is read
+        train = dataset.select("train")
+        # What cannot be drawn is refused before a clip is read.
+        if recipe.sampling is not None and recipe.sampling.kind == "weighted":
+            sampling_weights(train, recipe.sampling)
+        elif recipe.sampling is not None:
+            ClassDraws(train, recipe.seed)
+        if recipe.augmentation.mixup_pairs and len(train) < 2:
+            raise DataError(f"{dataset.root}: got {len(train)} training clip; mixing pairs needs at least 2")
+        shortest = recipe.seconds if recipe.crop_seconds_min is None else recipe.crop_seconds_min
+        if shortest is not None and round(shortest * card.sample_rate) < card.min_samples:
+            raise SpecError(
+                f"{'seconds' if recipe.crop_seconds_min is None else 'crop_seconds_min'}: got {shortest} s, "
+                f"{round(shortest * card.sample_rate)} samples; {card.architecture!r} takes clips of at least "
+                f"{card.min_samples} samples ({card.min_samples / card.sample_rate:.3f} s); train on longer crops",
+                field="seconds" if recipe.crop_seconds_min is None else "crop_seconds_min",
+            )
         self.parts = {
             split: ClipData(part, card, recipe, cache_gib=cache_gib * len(part) / len(dataset), progress=progress)
             for split in ("train", "validation")

@@ -30,7 +30,7 @@ from models_zoo.errors import CardError, DataError
 from models_zoo.files import check_writable, replacing
 from models_zoo.labels import check_labels
 from train_torch.data import Batch, ClipData, evaluation_loader
-from train_torch.frontend import Mixing
+from train_torch.frontend import Mixing, PairMixing
 from train_torch.losses import Task
 from train_torch.models.ensemble import load_ensemble
 from train_torch.recipes import Recipe
@@ -60,7 +60,7 @@ class Answers:
     positive: Tensor
     said: Tensor
 
-    def mixed(self, mixing: Mixing) -> Answers:
+    def mixed(self, mixing: Mixing | PairMixing) -> Answers:
         """Return the answers for clips mixed by ``mixing``."""
         return Answers(mixing(self.positive), mixing(self.said))
 

@@ -26,6 +26,9 @@ __all__ = ["Device", "Evaluation", "accelerator_of", "collect", "evaluate", "sco
 
 Device = Literal["auto", "cpu", "cuda"]
 
+_LEAST_ERROR = 1e-6
+"""An AUC counts as at least this far from 0 and 1 in d-prime: at most 6.72."""
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -52,8 +55,8 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Return name -> value: what the task is measured by, and the loss.
 
-        Accuracy and balanced accuracy; or mAP and mean ROC AUC; or, of a distribution, the mean KL divergence, and what
-        it would be if every answer were that all classes are alike.
+        Accuracy and balanced accuracy; mAP, mean ROC AUC and d-prime, where any class has both clips and others; or, of
+        a distribution, the mean KL divergence, and what it would be if every answer were that all classes are alike.
         """
         if self.task == "single_label":
             truth, answer = self.targets.argmax(axis=1), self.probabilities.argmax(axis=1)
@@ -68,10 +71,16 @@ class Evaluation:
                 "kl_divergence_uniform": metrics.kl_divergence(self.targets, uniform).mean(),
             }
         else:
-            values = {
-                "mean_average_precision": metrics.mean_average_precision(self.targets, self.probabilities, self.known),
-                "mean_roc_auc": metrics.mean_roc_auc(self.targets, self.probabilities, self.known),
-            }
+            values = {}
+        if self.task != "label_distribution":
+            ranked = (self.targets, self.probabilities, self.known)
+            auc = metrics.mean_roc_auc(*ranked)
+            values["mean_average_precision"] = metrics.mean_average_precision(*ranked)
+            values["mean_roc_auc"] = auc
+            # Of an AUC of 1 it would be infinite, which neither a card nor a table holds.
+            values["d_prime"] = metrics.d_prime(np.clip(auc, _LEAST_ERROR, 1 - _LEAST_ERROR))
+            if self.task == "single_label" and np.isnan(auc):
+                values = {name: value for name, value in values.items() if "accuracy" in name}
         return {name: float(value) for name, value in {**values, "loss": self.loss}.items()}
 
     @property
@@ -144,11 +153,11 @@ class Evaluation:
 
 
 def collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tuple[str, ...]) -> Evaluation:
-    """Return the evaluation of all clips from the logits of all batches; segments of a clip are averaged."""
+    """Return the evaluation of all clips from the model's answers to all batches; segments of a clip are averaged."""
     index = torch.cat([batch.index for batch, _ in scored]).numpy()
     targets = torch.cat([batch.targets for batch, _ in scored]).cpu()
-    logits = torch.cat([logits for _, logits in scored]).float().cpu()
-    if not torch.isfinite(logits).all():
+    scores = torch.cat([answers for _, answers in scored]).float().cpu()
+    if not torch.isfinite(scores).all():
         raise CheckpointError(
             f"model {card.name!r} answers with NaN or infinity: the training diverged; lower the learning rate (--lr), "
             "or go back to an earlier checkpoint"
@@ -156,11 +165,11 @@ def collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tupl
     task = cast(Task, card.task)
     masks = [batch.known.cpu() for batch, _ in scored if batch.known is not None]
     known = torch.cat(masks) if masks else None
-    loss = float(clip_loss(logits, targets, task, known=known))
     output = card.clip_output()
     assert output is not None
     assert card.labels is not None
-    probabilities = probabilities_of(logits.numpy(), task=task, kind=output.kind)
+    loss = float(clip_loss(scores, targets, task, kind=output.kind, known=known))
+    probabilities = probabilities_of(scores.numpy(), task=task, kind=output.kind)
     clips, place, segments = np.unique(index, return_inverse=True, return_counts=True)
     total = np.zeros((len(clips), probabilities.shape[1]), np.float32)
     np.add.at(total, place, probabilities)

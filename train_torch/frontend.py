@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,17 @@ from models_zoo.errors import CardError, SpecError, WaveformError
 from models_zoo.filterbanks import analysis_tables, mel_recipe
 from models_zoo.specs import FrontendSpec, Statistics
 
-__all__ = ["MelJitter", "MixStyle", "Mixing", "Shift", "SpecMasks", "TorchFrontend", "network_inputs"]
+__all__ = [
+    "MelJitter",
+    "MixStyle",
+    "Mixing",
+    "PairMixing",
+    "Shift",
+    "SpecMasks",
+    "TorchFrontend",
+    "masked",
+    "network_inputs",
+]
 
 
 @dataclass(frozen=True)
@@ -42,21 +52,24 @@ class MelJitter:
 
 @dataclass(frozen=True)
 class SpecMasks:
-    """One frequency mask and one time mask or several per clip, the same for all its windows.
+    """One frequency mask and one time mask, or several of each, per clip, the same for all its windows.
 
     Widths are U(0, max), starts U(0, size - width), both floored; 0 switches a mask off. At ``log``, before any
     normalisation, ``value`` is in log units: EfficientAT's 0 becomes 0.9 after its affine, a loud value, as published.
-    At ``features`` it is in output units: MRMS's 0 is the clip's mean level apart from the ramp.
+    At ``features`` it is in output units: MRMS's 0 is the clip's mean level apart from the ramp. At ``norm``, inside a
+    network, it is in units of its norm: PANNs' 0 is the mean of all clips.
 
     Source: torchaudio FrequencyMasking / TimeMasking with iid_masks, as in EfficientAT (48 and 192 by default); MRMS
-    (32 and twice 12, on finished features).
+    (32 and twice 12, on finished features); torchlibrosa SpecAugmentation, as in PANNs (twice 8 and twice 64, behind
+    the norm; it draws whole starts below size - width, so the last position is a little more likely there).
     """
 
     max_mels: int = 48
     max_frames: int = 192
     value: float = 0.0
     num_time: int = 1
-    at: Literal["log", "features"] = "log"
+    num_mel: int = 1
+    at: Literal["log", "features", "norm"] = "log"
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,24 @@ class Mixing:
         return values * weight + others[self.permutation] * (1 - weight)
 
 
+@dataclass(frozen=True, eq=False)
+class PairMixing:
+    """A mixup draw that makes one clip of two: weight[i] * clip 2 i + (1 - weight[i]) * clip 2 i + 1.
+
+    Attributes:
+        weight: ``(batch / 2,)`` float32 in [0, 1].
+    """
+
+    weight: Tensor
+    plain: ClassVar[bool] = False
+
+    def __call__(self, values: Tensor, others: Tensor | None = None) -> Tensor:
+        """Return ``(batch / 2, ...)`` of ``values`` ``(batch, ...)``; labels mix the same way."""
+        weight = self.weight.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+        others = values if others is None else others
+        return values[0::2] * weight + others[1::2] * (1 - weight)
+
+
 class TorchFrontend(nn.Module):
     """Waveform -> features in torch, stage by stage as the spec declares.
 
@@ -166,7 +197,9 @@ class TorchFrontend(nn.Module):
         ramp = None if tables.ramp is None else torch.tensor(tables.ramp)
         self.register_buffer("_ramp", ramp, persistent=False)
 
-    def forward(self, waveform: Tensor, mixing: Mixing | None = None, plain: Tensor | None = None) -> Tensor:
+    def forward(
+        self, waveform: Tensor, mixing: Mixing | PairMixing | None = None, plain: Tensor | None = None
+    ) -> Tensor:
         """Return the features of ``waveform`` in the spec's layout, float32.
 
         Args:
@@ -208,7 +241,7 @@ class TorchFrontend(nn.Module):
         """Return every intermediate by name, in order; see ``models_zoo.specs.STAGES`` for shapes."""
         return dict(self._walk(waveform, None))
 
-    def _walk(self, waveform: Tensor, mixing: Mixing | None) -> Iterator[tuple[str, Any]]:
+    def _walk(self, waveform: Tensor, mixing: Mixing | PairMixing | None) -> Iterator[tuple[str, Any]]:
         spec, framing = self.spec, self.spec.framing
         x = waveform
         if x.dim() != 2:
@@ -269,14 +302,14 @@ class TorchFrontend(nn.Module):
         yield "mel", mel  # (batch, windows, T, n_mels)
         yield from self._walk_on(mel, mixing)
 
-    def _walk_on(self, mel: Tensor, mixing: Mixing | None) -> Iterator[tuple[str, Tensor]]:
+    def _walk_on(self, mel: Tensor, mixing: Mixing | PairMixing | None) -> Iterator[tuple[str, Tensor]]:
         """Yield the stages behind linear mel values ``(batch, windows, T, n_mels)``."""
         spec = self.spec
         y = torch.log(mel + spec.log.floor if spec.log.floor_mode == "add" else mel.clamp(min=spec.log.floor))
         if spec.log.gain != 1:
             y = y * spec.log.gain
         if self.training and self.masks is not None and self.masks.at == "log":
-            y = _masked(y, self.masks)
+            y = masked(y, self.masks)
         yield "log", y
 
         if spec.clamp is not None:
@@ -303,13 +336,13 @@ class TorchFrontend(nn.Module):
         yield "length", y
         yield "features", self._finished(y, mixing)
 
-    def _finished(self, y: Tensor, mixing: Mixing | None) -> Tensor:
+    def _finished(self, y: Tensor, mixing: Mixing | PairMixing | None) -> Tensor:
         """Return ``(batch, windows, T, n_mels)`` as training changes it, in the layout of the spec."""
         if self.training and self.mixstyle is not None:
             y = _restyled(y, self.mixstyle)
         plain = y
         if self.training and self.masks is not None and self.masks.at == "features":
-            y = _masked(y, self.masks)
+            y = masked(y, self.masks)
         if self.training and self.shift is not None:
             y = _shifted(y, self.shift)
         if mixing is not None and self.mix_at == "features":
@@ -342,13 +375,20 @@ class TorchFrontend(nn.Module):
         return y.contiguous()
 
 
-def network_inputs(inputs: Sequence[ModelInput], frontend: TorchFrontend, waveform: Tensor) -> dict[str, Tensor]:
+def network_inputs(
+    inputs: Sequence[ModelInput],
+    frontend: TorchFrontend,
+    waveform: Tensor,
+    mixing: Mixing | PairMixing | None = None,
+    plain: Tensor | None = None,
+) -> dict[str, Tensor]:
     """Return what a network takes, by name, of ``(batch, num_samples)`` waveforms: features, waveform or both.
 
     Args:
         inputs: of the network's card; each comes from the front end or is the waveform itself.
         frontend: of the card; not computed where no input comes from it.
-        waveform: see :meth:`TorchFrontend.forward`.
+        waveform, mixing, plain: see :meth:`TorchFrontend.forward`; a waveform that is an input is mixed by the same
+            draw as the features.
 
     Raises:
         CardError: an input comes from elsewhere.
@@ -359,13 +399,16 @@ def network_inputs(inputs: Sequence[ModelInput], frontend: TorchFrontend, wavefo
             raise CardError(
                 f"inputs: {part.name!r} comes from {part.source!r}; expected frontend or waveform", field="inputs"
             )
-        made[part.name] = frontend(waveform) if part.source == "frontend" else waveform
+        if part.source == "frontend":
+            made[part.name] = frontend(waveform, mixing, plain)
+        else:
+            made[part.name] = waveform if mixing is None else mixing(waveform)
     return made
 
 
-def _masked(y: Tensor, masks: SpecMasks) -> Tensor:
-    """Return ``(batch, windows, T, n_mels)`` with one mask per clip along mel, and one or more along time."""
-    for dim, longest in ((3, masks.max_mels), *[(2, masks.max_frames)] * masks.num_time):
+def masked(y: Tensor, masks: SpecMasks) -> Tensor:
+    """Return ``(batch, windows, T, n_mels)`` with masks along mel and time drawn for each clip."""
+    for dim, longest in (*[(3, masks.max_mels)] * masks.num_mel, *[(2, masks.max_frames)] * masks.num_time):
         if longest < 1:
             continue
         size = y.shape[dim]

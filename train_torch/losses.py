@@ -17,10 +17,11 @@ Task = Literal["single_label", "multi_label", "label_distribution"]
 
 
 def clip_loss(
-    logits: Tensor,
+    scores: Tensor,
     targets: Tensor,
     task: Task,
     *,
+    kind: str | None = "logit",
     label_smoothing: float = 0.0,
     class_weights: Tensor | None = None,
     known: Tensor | None = None,
@@ -33,33 +34,44 @@ def clip_loss(
     present or absent.
 
     Args:
-        logits: ``(batch, num_classes)``; log-probabilities where the model answers with them (their softmax is what
-            they say).
+        scores: ``(batch, num_classes)``, as the model answers.
         targets: ``(batch, num_classes)`` in [0, 1]: one-hot, several-hot, a distribution, or mixed.
         task: ``single_label``: softmax cross-entropy; ``multi_label``: binary cross-entropy, mean over classes;
             ``label_distribution``: Kullback-Leibler divergence of the softmax from the target, the cross-entropy less
             the target's own entropy, so that 0 is right.
+        kind: of the scores. ``logit``, or ``log_probability``, which is its own log-softmax; or ``probability``, each
+            class by itself: binary cross-entropy whatever the task, as PANNs' decision-level models are trained.
         label_smoothing: share of the target replaced by 1 / 2 (multi label) or 1 / num_classes (the others).
         class_weights: ``(num_classes,)``, see :func:`balancing_weights`; None for equal weights.
         known: ``(batch, num_classes)`` in [0, 1], how far each label of a multi-label batch is known (see
             :func:`train_torch.augment.mix_labels`), None where all are. The mean is then over what is known: an
             unknown label adds nothing to the loss, to its gradient or to what the sum is divided by.
     """
-    logits = logits.float()
+    scores = scores.float()
+    if kind == "probability":
+        targets = targets * (1 - label_smoothing) + label_smoothing / 2
+        # torch refuses it under autocast, although in float32 it is as good there.
+        with torch.autocast(device_type=scores.device.type, enabled=False):
+            each = functional.binary_cross_entropy(scores, targets, reduction="none")
+        return _mean_over_known(each, class_weights, known)
     if task == "single_label":
         weighted = targets if class_weights is None else targets * class_weights
-        spread = weighted.sum(dim=1, keepdim=True) / logits.shape[1]
+        spread = weighted.sum(dim=1, keepdim=True) / scores.shape[1]
         weighted = (1 - label_smoothing) * weighted + label_smoothing * spread
-        return -(weighted * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        return -(weighted * scores.log_softmax(dim=1)).sum(dim=1).mean()
     if task == "label_distribution":
-        smoothed = (1 - label_smoothing) * targets + label_smoothing / logits.shape[1]
-        return functional.kl_div(logits.log_softmax(dim=1), smoothed, reduction="batchmean")
+        smoothed = (1 - label_smoothing) * targets + label_smoothing / scores.shape[1]
+        return functional.kl_div(scores.log_softmax(dim=1), smoothed, reduction="batchmean")
     targets = targets * (1 - label_smoothing) + label_smoothing / 2
-    if known is None:
-        return functional.binary_cross_entropy_with_logits(logits, targets, weight=class_weights)
-    weights = known if class_weights is None else known * class_weights
-    total = functional.binary_cross_entropy_with_logits(logits, targets, weight=weights, reduction="sum")
-    return total / known.sum().clamp(min=1e-6)
+    each = functional.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+    return _mean_over_known(each, class_weights, known)
+
+
+def _mean_over_known(each: Tensor, class_weights: Tensor | None, known: Tensor | None) -> Tensor:
+    """Return the mean of ``(batch, num_classes)`` losses, each weighed by its class, over the labels known."""
+    if class_weights is not None:
+        each = each * class_weights
+    return each.mean() if known is None else (each * known).sum() / known.sum().clamp(min=1e-6)
 
 
 def balancing_weights(class_counts: Mapping[str, int], beta: float) -> Tensor:

@@ -18,8 +18,12 @@ __all__ = ["check_temperature", "configure", "factor_at", "freeze", "keep_frozen
 
 
 _OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optimizer]] = {
-    "adamw": lambda groups, recipe: torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay),
-    "adam": lambda groups, recipe: torch.optim.Adam(groups, lr=recipe.lr, weight_decay=recipe.weight_decay),
+    "adamw": lambda groups, recipe: torch.optim.AdamW(
+        groups, lr=recipe.lr, weight_decay=recipe.weight_decay, amsgrad=recipe.amsgrad
+    ),
+    "adam": lambda groups, recipe: torch.optim.Adam(
+        groups, lr=recipe.lr, weight_decay=recipe.weight_decay, amsgrad=recipe.amsgrad
+    ),
     "sgd": lambda groups, recipe: torch.optim.SGD(
         groups, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
     ),
@@ -57,6 +61,8 @@ def factor_at(step: int, recipe: Recipe, total_steps: int) -> float:
     warmup = recipe.warmup_epochs * total_steps / recipe.epochs
     if step < warmup:
         return (step + 1) / (warmup + 1)
+    if recipe.schedule == "constant":
+        return 1.0
     progress = (step - warmup) / max(total_steps - warmup, 1)
     return float(recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
 

@@ -53,6 +53,7 @@ from train_torch.run_folder import (
     prepare_run_folder,
     split_hash_of,
 )
+from train_torch.transfer import is_transfer, transferred
 
 __all__ = ["fit"]
 
@@ -295,7 +296,10 @@ def _start(
             length_policy=policy,
         )
         return model, card
-    loaded = load_checkpoint(init, init_card, labels=dataset.labels, checkpoints=checkpoints)
+    if is_transfer(recipe.model):
+        loaded = transferred(recipe.model, init, dataset.labels, init_card, checkpoints=checkpoints)
+    else:
+        loaded = load_checkpoint(init, init_card, labels=dataset.labels, checkpoints=checkpoints)
     if loaded.card.frontend is None:
         raise CheckpointError(f"{init}: card {loaded.card.name!r} has no front end, so it cannot train on waveforms")
     replaced = ", ".join(loaded.replaced) or "nothing"

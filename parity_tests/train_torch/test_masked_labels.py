@@ -180,7 +180,7 @@ def test_metrics_are_over_known_labels(folder):
 
 def test_training_on_masked_labels_and_its_report(folder, tmp_path):
     report = fit(folder / "masked.csv", tmp_path / "run", RECIPE, progress=False)
-    assert set(report["test"]["metrics"]) == {"mean_average_precision", "mean_roc_auc", "loss"}
+    assert set(report["test"]["metrics"]) == {"mean_average_precision", "mean_roc_auc", "d_prime", "loss"}
     model = tmp_path / "run" / "model.safetensors"
     scored = evaluate(model, folder / "masked.csv", split="test", progress=False)
     assert scored.to_dict() == report["test"]

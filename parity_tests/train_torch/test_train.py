@@ -221,7 +221,7 @@ def test_several_labels_per_clip(tmp_path):
     with pytest.raises(DataError, match="multi_label"):
         fit(tmp_path / "sounds", tmp_path / "run", TINY, progress=False)
     report = fit(tmp_path / "sounds", tmp_path / "run", TINY.replace(task="multi_label"), progress=False)
-    assert set(report["test"]["metrics"]) == {"mean_average_precision", "mean_roc_auc", "loss"}
+    assert set(report["test"]["metrics"]) == {"mean_average_precision", "mean_roc_auc", "d_prime", "loss"}
     assert 0 <= report["test"]["metrics"]["mean_average_precision"] <= 1
     assert load_checkpoint(tmp_path / "run" / "model.safetensors").card.task == "multi_label"
     assert not (tmp_path / "run" / "confusion_test.png").exists()

@@ -92,10 +92,9 @@ class Conv5x5Block(nn.Module):
 class PannsNetwork(nn.Module):
     """What every network of the system has in common.
 
-    Training recipes find their places by name: what the published code masks and mixes is the output of ``bn0`` (and,
-    for mixing, of ``pre_block4`` where a waveform comes in).
-
     Attributes:
+        masked_at, mixed_at: parts behind which training recipes mask and mix, see
+            :class:`train_torch.network_hooks.NetworkHooks`.
         inputs: ``features`` ``(batch, 1, time, n_mels)`` float32, the front end's layout ``b 1 t m``.
         options: JSON-ready dict that rebuilds the network through ``create_model``.
         class_keys: state_dict entries that belong to one class count, i.e. that fine-tuning to others replaces.
@@ -108,6 +107,8 @@ class PannsNetwork(nn.Module):
     min_frames: ClassVar[int] = 32
     head_prefix: ClassVar[str] = "fc_audioset."
     published_frontend: ClassVar[bool] = True
+    masked_at: ClassVar[tuple[str, ...]] = ("bn0",)
+    mixed_at: ClassVar[tuple[str, ...]] = ("bn0",)
     exporter: ClassVar[Literal["torchscript", "dynamo"]] = "torchscript"
     exporter_reason: ClassVar[str] = (
         "dynamo freezes the time axis of a decision-level model at the example's without an error, and cannot relate "

@@ -193,7 +193,7 @@ class _Attention(nn.Module):
         super().__init__()
         self.att = nn.Conv1d(inputs, num_classes, 1)
         self.cla = nn.Conv1d(inputs, num_classes, 1)
-        self.bn_att = nn.BatchNorm1d(num_classes)
+        self.bn_att = nn.BatchNorm1d(num_classes).requires_grad_(False)
         xavier(self.att, self.cla)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,11 +226,14 @@ class TransferCnn14(PannsNetwork):
 
     head_prefix: ClassVar[str] = "fc_transfer."
     base_prefix: ClassVar[str] = "base."
+    masked_at: ClassVar[tuple[str, ...]] = ("base.bn0",)
+    mixed_at: ClassVar[tuple[str, ...]] = ("base.bn0",)
 
     def __init__(self, options: TransferOptions) -> None:
         super().__init__(options)
         shared = {name: getattr(options, name) for name in PannsOptions.model_fields}
         self.base = Cnn14(Cnn14Options(**{**shared, "num_classes": options.base_classes}))
+        self.base.fc_audioset.requires_grad_(False)  # unused
         self.fc_transfer = nn.Linear(self.base.last_channels, options.num_classes)
         xavier(self.fc_transfer)
         self._find_class_keys()

@@ -62,6 +62,8 @@ class WavegramCnn14(TaggingHead):
     min_frames: ClassVar[int] = 1
     length_policy: ClassVar[LengthPolicy] = LengthPolicy(min=10_236)
     joined: ClassVar[int] = 1
+    masked_at: ClassVar[tuple[str, ...]] = ()
+    mixed_at: ClassVar[tuple[str, ...]] = ("pre_block4",)
 
     def __init__(self, options: WavegramOptions) -> None:
         super().__init__(options)
@@ -84,6 +86,9 @@ class WavegramCnn14(TaggingHead):
             outputs = scaled(channels, width)
             self.add_module(f"conv_block{index}", ConvBlock(inputs, outputs))
             inputs = outputs
+        if self.joined == 1:
+            self.bn0.requires_grad_(False)
+            self.conv_block1.requires_grad_(False)
         self._add_head(inputs, inputs)
 
     def wavegram(self, waveform: Tensor) -> Tensor:
@@ -148,6 +153,8 @@ class WavegramLogmelCnn14(WavegramCnn14):
     min_frames: ClassVar[int] = 32
     length_policy: ClassVar[LengthPolicy] = LengthPolicy(min=16 * _STRIDE, multiple_of=_STRIDE, uneven="crop")
     joined: ClassVar[int] = 2
+    masked_at: ClassVar[tuple[str, ...]] = ("bn0",)
+    mixed_at: ClassVar[tuple[str, ...]] = ("bn0", "pre_block4")
 
     def __init__(self, options: WavegramOptions) -> None:
         super().__init__(options)

@@ -46,7 +46,11 @@ class Augmentation(Declaration):
         mix_probability: share of clips added to another clip of the batch, both of mean zero, waveforms and labels
             mixed with Beta(2, 2).
         mixup_alpha: Beta parameter of the mixup drawn per clip; 0 for none.
-        mixup_at: stage of the front end at which clips are mixed.
+        mixup_pairs: clips 2 i and 2 i + 1 of a batch become one, with weights drawn from Beta(alpha, alpha) and 1 less
+            that; half of the clips are left, so a batch holds twice as many as the network is to see.
+        mixup_at: where clips are mixed: a stage of the front end, or ``norm``, inside the network: behind the norm of
+            its features (PANNs' bn0), and where it has a branch for the waveform, at the end of that. A waveform that
+            the network takes is mixed by the same draw.
         mel_jitter: (f_min, f_max) ranges of the front end's mel edges, Hz.
         mixstyle_probability: share of batches whose clips exchange their statistics per mel band.
         mixstyle_alpha: Beta parameter of that exchange, drawn per clip.
@@ -54,9 +58,10 @@ class Augmentation(Declaration):
             them, of any clip of the batch as it is without masks and shift.
         mixup_probability: share of clips mixed by ``mixup_weights``.
         masks: greatest width of the (mel, time) masks, in bands and frames.
-        time_masks: how many time masks; there is always one mel mask.
+        time_masks, mel_masks: how many of each.
         masks_at: ``log``: on log-mel values before any normalisation, as EfficientAT does; ``features``: on the
-            finished features, as MRMS does. Masked values are 0.
+            finished features, as MRMS does; ``norm``: inside the network, behind the norm of its features and before
+            any mixing there, as PANNs do. Masked values are 0.
         shift: greatest shift of the features along (mel, time) either way, in bands and frames, zeros coming in; as
             padding all sides and cropping at random.
     """
@@ -73,7 +78,8 @@ class Augmentation(Declaration):
     clip: bool = True
     mix_probability: float = Field(default=0.0, ge=0, le=1)
     mixup_alpha: float = Field(default=0.0, ge=0)
-    mixup_at: Literal["samples", "mel", "features"] = "features"
+    mixup_pairs: bool = False
+    mixup_at: Literal["samples", "mel", "features", "norm"] = "features"
     mixup_weights: Range | None = None
     mixup_probability: float = Field(default=1.0, ge=0, le=1)
     mixstyle_probability: float = Field(default=0.0, ge=0, le=1)
@@ -81,7 +87,8 @@ class Augmentation(Declaration):
     mel_jitter: Annotated[tuple[int, int], Strict(False)] | None = None
     masks: Annotated[tuple[int, int], Strict(False)] | None = None
     time_masks: int = Field(default=1, ge=1)
-    masks_at: Literal["log", "features"] = "log"
+    mel_masks: int = Field(default=1, ge=1)
+    masks_at: Literal["log", "features", "norm"] = "log"
     shift: Annotated[tuple[int, int], Strict(False)] | None = None
 
     @property
@@ -115,21 +122,30 @@ class Augmentation(Declaration):
                     "place of mixup_alpha (0), and mix finished features",
                     field="mixup_weights",
                 )
+        if self.mixup_pairs and not self.mixup_alpha:
+            raise SpecError(
+                "mixup_pairs: got it with mixup_alpha 0, so no weights to mix with; PANNs' mixup_alpha is 1",
+                field="mixup_pairs",
+            )
         return self
 
 
 class SamplingRecipe(Declaration):
-    """Which clips an epoch is made of, drawn anew for each without replacement, rare classes more often.
-
-    A clip's weight is the sum over its labels of 1000 / (offset + training clips of that label).
+    """Which clips an epoch is made of.
 
     Attributes:
-        clips_per_epoch: how many are drawn; the more of all clips, the less the weights can do.
-        offset: keeps the rarest classes from being drawn over and over.
+        kind: ``weighted``: drawn anew for each epoch without replacement, a clip's weight being the sum over its
+            labels of 1000 / (offset + training clips of that label). ``balanced``: one clip of each class in random
+            order, then another of each, and so on through the run, the clips of a class in turn. ``alternating``:
+            batches drawn like this (the first, third, ...) and ones in which every clip comes in turn (the others).
+        clips_per_epoch: how many are drawn; of weighted ones, the more of all clips, the less the weights can do.
+        offset: keeps the rarest classes from being drawn over and over by weight.
 
-    Source: EfficientAT datasets/audioset.py, get_ft_cls_balanced_sample_weights (100,000 clips, offset 100).
+    Source: EfficientAT datasets/audioset.py, get_ft_cls_balanced_sample_weights (100,000 clips, offset 100); PANNs
+    utils/data_generator.py, BalancedTrainSampler and AlternateTrainSampler.
     """
 
+    kind: Literal["weighted", "balanced", "alternating"] = "weighted"
     clips_per_epoch: int = Field(ge=1)
     offset: float = Field(default=100.0, ge=0)
 
@@ -190,7 +206,8 @@ class Recipe(Declaration):
 
     Attributes:
         description: one sentence: what it is for.
-        model: architecture for ``create_model``.
+        model: architecture for ``create_model``. A run that begins with a checkpoint keeps that one's, unless this is a
+            transfer model, which takes the checkpoint as its base.
         model_options: of it, beyond the number of classes and mel bands, e.g. ``{"width": 12}``.
         frontend: preset name.
         task: ``single_label`` (softmax, cross-entropy), ``multi_label`` (sigmoid, binary cross-entropy) or
@@ -198,11 +215,13 @@ class Recipe(Declaration):
         seed: of weights, split, order and augmentation.
         split_seed: of the split and of ``imbalance`` alone, so that runs with other seeds share them; None: ``seed``.
         epochs: passes over the training split.
-        batch_size: clips per device and step.
+        batch_size: clips per device and step, before any are mixed into one.
         optimizer, lr, weight_decay: AdamW (decoupled decay), Adam or SGD; peak learning rate.
         momentum: of SGD, not Nesterov's.
-        schedule: of the learning rate. ``cosine``: a linear rise over ``warmup_epochs``, then a cosine to ``final_lr``
-            times the peak at the last epoch. ``published`` (EfficientAT's, constant within an epoch): an exponential
+        amsgrad: of Adam and AdamW: steps by the greatest second moment so far.
+        schedule: of the learning rate. ``constant``: a linear rise over ``warmup_epochs``, then the peak. ``cosine``:
+            the same rise, then a cosine to ``final_lr`` times the peak at the last epoch. ``published``
+            (EfficientAT's, constant within an epoch): an exponential
             rise over ``warmup_epochs``, flat to ``ramp_down_start``, a straight line over ``ramp_down_epochs`` to
             ``final_lr`` times the peak, flat; these epochs are absolute, however many are trained.
         warmup_epochs, final_lr, ramp_down_start, ramp_down_epochs: of the schedule.
@@ -244,9 +263,10 @@ class Recipe(Declaration):
     batch_size: int = Field(default=32, ge=2)
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    amsgrad: bool = False
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    schedule: Literal["cosine", "published"] = "cosine"
+    schedule: Literal["constant", "cosine", "published"] = "cosine"
     warmup_epochs: float = Field(default=2, ge=0)
     ramp_down_start: float = Field(default=10, ge=0)
     ramp_down_epochs: float = Field(default=65, gt=0)
@@ -286,6 +306,20 @@ class Recipe(Declaration):
                 "loss.class_balanced: weighs clips by their one class, and a clip of a distribution has several; leave "
                 "it out",
                 field="loss.class_balanced",
+            )
+        if self.augmentation.mixup_pairs and self.batch_size % 2:
+            raise SpecError(
+                f"batch_size: got {self.batch_size}; clips are mixed in pairs (augmentation.mixup_pairs), so give an "
+                "even number, twice as many as the network is to see",
+                field="batch_size",
+            )
+        if self.amsgrad and self.optimizer == "sgd":
+            raise SpecError("amsgrad: SGD has no second moments; choose adam or adamw", field="amsgrad")
+        if self.sampling is not None and self.sampling.kind != "weighted" and self.sort_batches > 1:
+            raise SpecError(
+                f"sort_batches: got {self.sort_batches} with {self.sampling.kind} sampling, whose batches are drawn "
+                "one by one; leave out one of them",
+                field="sort_batches",
             )
         return self
 
