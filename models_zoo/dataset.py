@@ -20,7 +20,9 @@ Where a table has the column ``weights``, it says how much of a clip each of its
 
 Where a table has the column ``part``, it says what is known of a clip for event detection: ``strong`` (every event with
 its onset and offset; one row without label is a clip without events), ``weak`` (classes, without times) or
-``unlabelled`` (nothing). Without it, rows with times are strong and others weak.
+``unlabelled`` (nothing). Without it, rows with times are strong and others weak. The column
+``confidence`` (above 0, at most 1) says how sure a row with times is: the target in training; an event needs more than
+half.
 """
 
 from __future__ import annotations
@@ -83,6 +85,7 @@ class Record:
         weights: per label how much of the recording it is, one in sum, or None where that is not said.
         absent: classes known not to be in it, the others being unknown; None where all others are absent.
         onset, offset: the stretch the labels hold for, in seconds, or None for the whole file.
+        confidence: of a stretch, in (0, 1].
         part: what is known of the file for event detection; of an ``unlabelled`` one no label is known.
     """
 
@@ -97,6 +100,7 @@ class Record:
     onset: float | None = None
     offset: float | None = None
     part: Part = "weak"
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -226,14 +230,14 @@ class Dataset:
         """Return file, as :meth:`name_of` says it -> (label, onset, offset in seconds) of its events, by onset.
 
         Only ``strong`` files are in it, those without events too. Events of one class that overlap or touch are one,
-        see :meth:`overlapping`.
+        see :meth:`overlapping`; what is half as sure or less is none.
         """
         stretches: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for record in self.records:
             if record.part != "strong":
                 continue
             of_file = stretches.setdefault(self.name_of(record), {})
-            if record.onset is not None and record.offset is not None:
+            if record.onset is not None and record.offset is not None and record.confidence > 0.5:
                 for label in record.labels:
                     of_file.setdefault(label, []).append((record.onset, record.offset))
         found = {}
@@ -246,7 +250,7 @@ class Dataset:
         """Return the strong files in which events of one class overlap or touch, which :meth:`events` merges."""
         counts: dict[str, int] = defaultdict(int)
         for record in self.records:
-            if record.part == "strong" and record.onset is not None:
+            if record.part == "strong" and record.onset is not None and record.confidence > 0.5:
                 counts[self.name_of(record)] += len(record.labels)
         return [name for name, events in self.events().items() if len(events) < counts[name]]
 
@@ -595,6 +599,7 @@ def _read_table(path: Path) -> Dataset:
                 onset=onset,
                 offset=offset,
                 part=part,
+                confidence=_confidence(row, onset, where),
             )
         )
     return _checked(records, root, path)
@@ -794,6 +799,19 @@ def _part(row: Mapping[str, str], onset: float | None, where: str) -> Part:
     if part == "unlabelled" and (row["label"] or row.get("absent") or row.get("weights") or onset is not None):
         raise DataError(f"{where}: an unlabelled row says nothing of its clip; call it weak or strong, or empty it")
     return part
+
+
+def _confidence(row: Mapping[str, str], onset: float | None, where: str) -> float:
+    text = row.get("confidence", "")
+    if not text:
+        return 1.0
+    try:
+        confidence = float(text)
+    except ValueError:
+        confidence = math.nan
+    if onset is None or not 0 < confidence <= 1:
+        raise DataError(f"{where}: got confidence {text!r}; expected above 0, at most 1, in a row with onset and offset")
+    return confidence
 
 
 def _merged(stretches: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -5,6 +5,7 @@ A recipe never names a folder or a machine: the data, the run folder, the device
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -13,6 +14,7 @@ from pydantic import Field, JsonValue, Strict, model_validator
 
 from models_zoo.errors import DataError, SpecError, UnknownNameError
 from models_zoo.schema import Declaration, Sequence
+from train_torch.recipes.sed import SedRecipe
 
 __all__ = [
     "Augmentation",
@@ -330,8 +332,8 @@ def list_recipes() -> list[str]:
     return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
 
 
-def get_recipe(name: str | Path) -> Recipe:
-    """Return a recipe by name, or from a ``.json`` file.
+def get_recipe(name: str | Path) -> Recipe | SedRecipe:
+    """Return a recipe by name, or from a ``.json`` file; its ``task`` says which kind.
 
     Raises:
         UnknownNameError: no such recipe; the message suggests near names.
@@ -347,4 +349,8 @@ def get_recipe(name: str | Path) -> Recipe:
         text = resources.files("train_torch.recipes").joinpath(f"{name}.json").read_text(encoding="utf-8")
     else:
         raise UnknownNameError("recipe", name, list_recipes())
-    return Recipe.from_json(text)
+    try:
+        task = json.loads(text).get("task")
+    except (ValueError, AttributeError):
+        task = None  # said of the whole file below
+    return SedRecipe.from_json(text) if task == "event_detection" else Recipe.from_json(text)
