@@ -250,7 +250,7 @@ class TFAudioClassifier:
 
         Of a model for event detection, the windows are joined: ``Prediction.events`` are the events of the recording
         that became final with a window, so that each event is in one of them, whole. ``hop`` is rounded down to whole
-        frames of the output, and the last window begins on a frame.
+        frames of the output; the last window begins on a frame, and so may end before the recording, by less than one.
 
         Args:
             source: a path, a file's bytes, an open file, or a ``(num_samples,)`` array.

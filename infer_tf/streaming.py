@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 import numpy as np
-import soxr
 from numpy.typing import ArrayLike, NDArray
 
-from models_zoo.audio import as_waveform, checked_rate
+from models_zoo.audio import Resampler, as_waveform, checked_rate
 from models_zoo.cards import ModelCard
 from models_zoo.decoding import check_window, frame_scores, legal_segments
-from models_zoo.errors import ClipLengthError, ClosedError, ModelFileError, WaveformError
+from models_zoo.errors import ClosedError, ModelFileError, WaveformError
 from models_zoo.events import EventDecoder, EventOptions, FrameGrid
 from models_zoo.prediction import Event
 from models_zoo.segments import ScoreJoiner
@@ -43,8 +43,8 @@ class Scored:
 class JoinedWindows:
     """Scores a recording in overlapping windows, in constant memory, and finds the events of the whole.
 
-    Windows begin every ``hop`` samples; once the recording has ended, what is left is scored in a window that ends
-    with it and begins on a frame, so that it is shorter than the others by less than a frame. A recording no longer
+    Windows begin every ``hop`` samples; once the recording has ended, what is left is scored in a window as long as the
+    others that begins on a frame and ends with the recording, or less than a frame before it. A recording no longer
     than a window is scored whole, by the card's length policy.
 
     Args:
@@ -82,18 +82,6 @@ class JoinedWindows:
                 f"events, windows begin at least one frame ({grid.seconds:g} s) apart and leave no gaps",
                 code="range",
             )
-        policy = (
-            card.length_policy
-        )  # of the last window, which may have any length down to a frame less than the others
-        if (window - grid.hop < card.min_samples and policy.short == "error") or (
-            policy.multiple_of > 1 and policy.uneven == "error"
-        ):
-            raise ClipLengthError(
-                f"window: got {window / card.sample_rate:g} s; the last window may be shorter by up to a frame "
-                f"({grid.seconds:g} s), which model {card.name!r} does not take; use longer windows, or declare rules "
-                "for short and uneven clips in the card's length_policy",
-                code="too_short",
-            )
         self.window, self.hop = window, hop // grid.hop * grid.hop
         self._card, self._run, self._grid = card, run, grid
         self._joiner = ScoreJoiner()
@@ -107,6 +95,11 @@ class JoinedWindows:
         """Samples taken so far."""
         return self._offset + len(self._kept)
 
+    @property
+    def _last_start(self) -> int:
+        """Where the last window begins if nothing more comes."""
+        return max(0, (self.received - self.window) // self._grid.hop * self._grid.hop)
+
     def feed(self, waveform: NDArray[np.float32]) -> Iterator[Scored]:
         """Yield the windows that are complete with these samples.
 
@@ -117,7 +110,7 @@ class JoinedWindows:
         while self._following + self.window <= self.received:
             yield self._score(self._following, self.window, (self._following + self.hop) // self._grid.hop)
             self._following += self.hop
-        keep_from = max(self._offset, min(self._following, self.received - self.window))
+        keep_from = min(self._following, self._last_start)
         self._kept, self._offset = self._kept[keep_from - self._offset :].copy(), keep_from
 
     def close(self) -> Iterator[Scored]:
@@ -125,12 +118,11 @@ class JoinedWindows:
         received, unit = self.received, self._grid.hop
         if not received:
             return
-        scored = self._following - self.hop + self.window if self._following else 0
-        if received > scored:
-            start = max(0, -(-(received - self.window) // unit) * unit)
-            last = self._score(start, received - start, -(-received // unit))
+        end = -(-received // unit)
+        if self._last_start > self._following - self.hop:
+            last = self._score(self._last_start, min(self.window, received), end)
         else:
-            last = Scored(None, received, received, self._release(-(-received // unit)))
+            last = Scored(None, received, received, self._release(end))
         last.events.extend(self._decoder.finish(received / self._card.sample_rate))
         yield last
 
@@ -187,12 +179,7 @@ class EventStream:
         rate = self._spec.sample_rate
         self.sample_rate = rate if sample_rate is None else checked_rate(sample_rate)
         self.window, self.hop, self.latency = windows.window / rate, windows.hop / rate, windows.delay / rate
-        # As load_audio's: the same samples whatever the chunks.
-        self._resampler = (
-            None
-            if self.sample_rate == rate
-            else soxr.ResampleStream(self.sample_rate, rate, 1, dtype="float32", quality="HQ")
-        )
+        self._resampler = Resampler(self.sample_rate, self._spec)
         self._final: list[Event] = []
         self._closed = False
 
@@ -226,10 +213,7 @@ class EventStream:
                 "start another stream",
                 code="sample_rate",
             )
-        samples = self._mono(chunk)
-        if self._resampler is not None:
-            samples = self._resampler.resample_chunk(samples)
-        return self._collect(self._windows.feed(samples))
+        return self._collect(self._windows.feed(self._resampler.feed(self._mono(chunk))))
 
     def close(self) -> list[Event]:
         """Return the events left, by onset, and end the stream. Closing twice is fine.
@@ -241,12 +225,10 @@ class EventStream:
         if self._closed:
             return []
         self._closed = True
-        if self._resampler is not None:
-            tail = self._resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-            self._final += [event for scored in self._windows.feed(tail) for event in scored.events]
-        return self._collect(self._windows.close())
+        tail = self._windows.feed(self._resampler.finish())
+        return self._collect(chain(tail, self._windows.close()))
 
-    def _collect(self, scored: Iterator[Scored]) -> list[Event]:
+    def _collect(self, scored: Iterable[Scored]) -> list[Event]:
         for one in scored:
             self._final += one.events
         events, self._final = self._final, []
@@ -260,7 +242,7 @@ class EventStream:
         if not array.size:
             return np.zeros(0, np.float32)
         samples = as_waveform(array, self._spec, channels_first=self._channels_first)
-        if self._resampler is not None and np.abs(samples).max() > _LOUDEST:
+        if np.abs(samples).max() > _LOUDEST:
             raise WaveformError(
                 f"the largest sample is {np.abs(samples).max():g}; expected values near [-1, 1]", code="range"
             )

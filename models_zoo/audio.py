@@ -31,6 +31,7 @@ __all__ = [
     "SAMPLE_RATES",
     "AudioInfo",
     "AudioSource",
+    "Resampler",
     "as_waveform",
     "checked_rate",
     "load_audio",
@@ -175,30 +176,49 @@ def _decode(source: AudioSource, spec: FrontendSpec, max_seconds: float) -> Iter
         rate = recording.file.samplerate
         if recording.expected > max_seconds * rate:
             raise _too_long(recording.name, recording.expected / rate, max_seconds)
-        resampler = (
-            None
-            if rate == spec.sample_rate
-            else soxr.ResampleStream(rate, spec.sample_rate, 1, dtype="float32", quality="HQ")
-        )
+        resampler = Resampler(rate, spec)
         num_in = num_out = 0
         for block in _blocks(recording):
             num_in += len(block)
             if num_in > max_seconds * rate:
                 raise _too_long(recording.name, num_in / rate, max_seconds)
-            mono = _mixed(block, spec)
-            out = mono if resampler is None else resampler.resample_chunk(mono)
+            out = resampler.feed(_mixed(block, spec))
             num_out += len(out)
             yield _finite(out, recording.name)
-        if resampler is not None:
-            out = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-            num_out += len(out)
-            yield _finite(out, recording.name)
+        out = resampler.finish()
+        num_out += len(out)
+        yield _finite(out, recording.name)
         if num_out == 0:
             raise AudioDecodeError(
                 f"{recording.name}: {num_in} samples at {rate} Hz leave none at {spec.sample_rate} Hz; "
                 "use a longer recording",
                 code="no_samples",
             )
+
+
+class Resampler:
+    """Brings mono audio that comes in chunks to another rate; the chunks' sizes do not change the result.
+
+    Args:
+        sample_rate: of the chunks, Hz.
+        spec: gives the rate to bring them to.
+    """
+
+    def __init__(self, sample_rate: int, spec: FrontendSpec) -> None:
+        self._stream = (
+            None
+            if sample_rate == spec.sample_rate
+            else soxr.ResampleStream(sample_rate, spec.sample_rate, 1, dtype="float32", quality="HQ")
+        )
+
+    def feed(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the samples that are ready after ``(num_samples,)`` float32 more, any number of them."""
+        return waveform if self._stream is None else self._stream.resample_chunk(waveform)
+
+    def finish(self) -> NDArray[np.float32]:
+        """Return the samples left once no more come."""
+        empty = np.zeros(0, np.float32)
+        return empty if self._stream is None else self._stream.resample_chunk(empty, last=True)
 
 
 def _blocks(recording: _Recording) -> Iterator[NDArray[np.float32]]:

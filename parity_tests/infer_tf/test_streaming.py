@@ -51,8 +51,9 @@ def events(path: Path) -> Iterator[TFAudioClassifier]:
 def by_hand(classifier, waveform, window, hop, options):
     """Return the events of a recording from its windows, cross-faded in the plainest way."""
     starts = list(range(0, max(1, len(waveform) - window + 1), hop))
-    if starts[-1] + window < len(waveform):
-        starts.append(-(-(len(waveform) - window) // 1024) * 1024)
+    last = (len(waveform) - window) // 1024 * 1024
+    if last > starts[-1]:
+        starts.append(last)
     frames = -(-len(waveform) // 1024)
     sums, weights = np.zeros((len(EVENT_LABELS), frames + 9)), np.zeros(frames + 9)
     for number, start in enumerate(starts):
@@ -130,7 +131,7 @@ def test_windows_share_out_the_events_of_the_recording(events):
         assert [event for one in windows for event in one.events] == list(
             events.detect(waveform, window=4.0, hop=1.024, events=OPTIONS)
         )
-        assert windows[-1].end == seconds
+        assert 0 <= seconds - windows[-1].end < 0.064
         assert all(one.start % 0.064 == pytest.approx(0, abs=1e-9) or one.start * RATE % 1024 == 0 for one in windows)
 
 
@@ -225,12 +226,14 @@ def test_windows_leave_no_gaps(events, window, hop):
 def test_windows_the_model_does_not_take(events, tmp_path):
     with pytest.raises(ClipLengthError, match="needs at least"):
         events.detect(scene(5), 0.01, 0.01)
-    with pytest.raises(ClipLengthError, match="may be shorter by up to a frame"):
-        events.stream(window=0.07, hop=0.064)
     fixed = event_card(length_policy={"min": 160000, "max": 160000})
-    strict = TFAudioClassifier(write_events(tmp_path / "fixed.onnx", fixed))
-    with strict, pytest.raises(ClipLengthError, match="may be shorter by up to a frame"):
-        strict.detect(scene(12))
+    with TFAudioClassifier(write_events(tmp_path / "fixed.onnx", fixed)) as strict:
+        waveform = scene(17)
+        assert list(strict.detect(waveform)) == list(events.detect(waveform))
+        with pytest.raises(ClipLengthError, match="needs at most"):
+            strict.stream(window=10.1)
+        with pytest.raises(ClipLengthError, match="needs at least"):
+            list(strict.detect(waveform[:150000]))
 
 
 def test_a_model_that_scores_fewer_frames_than_it_says(tmp_path):
@@ -261,9 +264,8 @@ def test_refused_chunks_change_nothing(events, sample_rate):
         (np.zeros((2, 100), np.float32), "rank"),
         (np.zeros((2, 0), np.float32), "rank"),
         (np.float32(0.5), "rank"),
+        (np.full(5, 1e38, np.float32), "range"),
     ]
-    if sample_rate:
-        bad.append((np.full(5, 1e38, np.float32), "range"))
     found = []
     for number, chunk in enumerate(np.array_split(waveform, 40)):
         wrong, code = bad[number % len(bad)]
@@ -347,7 +349,7 @@ def test_memory_does_not_grow_with_the_recording(events):
         return highest
 
     peak(1)
-    assert peak(6) < peak(1) + 50_000
+    assert peak(8) < peak(1) + 300_000  # 70 s more are 4.5 MB
 
 
 def test_other_models(model_path, tmp_path):
