@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models_zoo.cards import ModelCard
-from models_zoo.errors import CardError, ClipLengthError, SpecError
+from models_zoo.errors import CardError, CheckpointError, ClipLengthError, SpecError
 from models_zoo.images import ImageSpec
 from models_zoo.presets import get_frontend
 from parity_tests.networks import contract_state
@@ -22,6 +22,7 @@ from parity_tests.tolerances import (
 from train_torch.models import create_from_card, create_model, new_card
 from train_torch.models.cavmae import CAVMAEFT, CAVMAEFTOptions
 from train_torch.models.cavmae_blocks import position_table
+from train_torch.models.cavmae_initial import start_from_vision_mae
 from train_torch.models.cavmae_pretrain import (
     CAVMAE,
     CAVMAEOptions,
@@ -421,3 +422,77 @@ def test_a_picture_of_another_size_does_not_fit_the_card():
         new_card("example", "cavmaeft", **described, image=ImageSpec(size=96))
     with pytest.raises(CardError, match="image: missing"):
         new_card("example", "cavmaeft", **described)
+
+
+def vision_mae(width=24, decoder=16, depth=1, seed=0):
+    """Return the state_dict of a vision MAE of 2 x 2 patches, of random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    block = {
+        "norm1.weight": (width,), "norm1.bias": (width,), "attn.qkv.weight": (3 * width, width),
+        "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
+        "norm2.weight": (width,), "norm2.bias": (width,), "mlp.fc1.weight": (4 * width, width),
+        "mlp.fc1.bias": (4 * width,), "mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,),
+    }  # fmt: skip
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 5, width),
+        "patch_embed.proj.weight": (width, 3, 16, 16),
+        "patch_embed.proj.bias": (width,),
+        **{f"blocks.{index}.{name}": shape for index in range(12) for name, shape in block.items()},
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "mask_token": (1, 1, decoder),
+        "decoder_pos_embed": (1, 5, decoder),
+        "decoder_embed.weight": (decoder, width),
+        "decoder_embed.bias": (decoder,),
+        **{
+            f"decoder_blocks.{index}.{name}": tuple(size // width * decoder for size in shape)
+            for index in range(depth)
+            for name, shape in block.items()
+        },
+        "decoder_norm.weight": (decoder,),
+        "decoder_norm.bias": (decoder,),
+        "decoder_pred.weight": (768, decoder),
+        "decoder_pred.bias": (768,),
+    }
+    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+
+def test_pre_training_starts_from_a_vision_mae():
+    model = CAVMAE(CAVMAEOptions(**SMALL, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2))
+    state = vision_mae()
+    fresh = start_from_vision_mae(model, state)
+    got = model.state_dict()
+    for kind in ("a", "v"):
+        assert torch.equal(got[f"blocks_{kind}.10.mlp.fc2.weight"], state["blocks.10.mlp.fc2.weight"])
+        assert torch.equal(got[f"blocks_u.0.norm2_{kind}.bias"], state["blocks.11.norm2.bias"])
+        assert torch.equal(got[f"norm_{kind}.weight"], state["norm.weight"])
+    assert torch.equal(got["blocks_u.0.norm1.weight"], state["blocks.11.norm1.weight"])
+    assert torch.equal(got["patch_embed_a.proj.weight"][:, 0], state["patch_embed.proj.weight"].sum(1))
+    assert torch.equal(got["pos_embed_v"], state["pos_embed"][:, 1:])
+    assert torch.equal(got["decoder_pred_a.weight"], state["decoder_pred.weight"][:256])
+    assert torch.equal(got["decoder_blocks.0.attn.qkv.bias"], state["decoder_blocks.0.attn.qkv.bias"])
+    unused = {
+        f"blocks_{kind}.{index}.{norm}_{stream}.{part}"
+        for kind in "av" for index in range(11) for norm in ("norm1", "norm2") for stream in "av"
+        for part in ("weight", "bias")
+    }  # fmt: skip
+    unused |= {
+        f"decoder_blocks.0.{norm}_{s}.{p}" for norm in ("norm1", "norm2") for s in "av" for p in ("weight", "bias")
+    }
+    own = {"modality_a", "modality_v", "pos_embed_a", "decoder_pos_embed_a", "decoder_modality_a", "decoder_modality_v"}
+    assert set(fresh) == unused | own
+
+
+def test_another_mae_is_refused():
+    model = CAVMAE(CAVMAEOptions(**SMALL, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2))
+    before = model.state_dict()["norm.weight"].clone()
+    state = vision_mae()
+    del state["blocks.7.norm1.weight"]
+    with pytest.raises(CheckpointError, match=r"blocks\.7\.norm1\.weight is missing"):
+        start_from_vision_mae(model, state)
+    with pytest.raises(CheckpointError, match=r"\[48"):
+        start_from_vision_mae(model, vision_mae(width=48))
+    with pytest.raises(CheckpointError, match=r"decoder_blocks\.1.*nothing"):
+        start_from_vision_mae(model, vision_mae(depth=2))
+    assert torch.equal(model.state_dict()["norm.weight"], before)
