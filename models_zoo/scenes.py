@@ -14,7 +14,7 @@ import csv
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from models_zoo.audio import load_audio
 from models_zoo.dataset import Dataset, Part, Record, read_dataset
-from models_zoo.errors import DataError, SpecError
+from models_zoo.errors import DataError, SpecError, UnknownNameError
 from models_zoo.files import check_writable, replacing
 from models_zoo.schema import Declaration
 from models_zoo.soundscapes import CLASSES, render
@@ -165,6 +165,7 @@ def write_scenes(
     *,
     counts: Mapping[str, int],
     data: Sequence[str | Path] = (),
+    classes: Sequence[str] = (),
     background: str | Path | None = None,
     settings: SceneSettings | None = None,
     seed: int = 0,
@@ -182,8 +183,9 @@ def write_scenes(
         counts: of ``strong``, ``weak`` and ``unlabelled`` scenes for training, and of ``validation`` and ``test``
             scenes, which are strong; what is left out is 0.
         data: folders or tables of recordings with one label each, see :func:`models_zoo.dataset.read_dataset`; their
-            classes are put together. None for the built-in sounds.
-        background: likewise, its labels unused; None for white to brown noise.
+            classes are put together. none for the built-in sounds.
+        classes: those of them to use; none for all.
+        background: like ``data``, its labels unused; None for white to brown noise.
         settings: what a scene is like.
         seed: of everything random.
         force: replace an earlier folder's table and scenes.
@@ -192,6 +194,7 @@ def write_scenes(
     Raises:
         DataError: impossible counts, recordings that are silent or of several labels, or a class without one in a
             split that is asked for.
+        UnknownNameError: a class that there is not.
         AudioDecodeError: a recording cannot be read.
         OutputExistsError, OutputWriteError: the table exists and ``force`` is false, or a write failed.
     """
@@ -203,7 +206,7 @@ def write_scenes(
     table = folder / "metadata.csv"
     check_writable(table, force=force)
     splits = sorted({_KINDS[kind][0] for kind, count in counts.items() if count})
-    material = _materials(splits, data, background, frontend, seed, progress)
+    material = _materials(splits, data, classes, background, frontend, seed, progress)
     rows: list[tuple[str, ...]] = []
     bar = tqdm(
         total=sum(counts.values()), desc="mixing", unit="scene", file=sys.stderr, disable=not progress, leave=False
@@ -277,6 +280,7 @@ def _free_place(
 def _materials(
     splits: Sequence[str],
     data: Sequence[str | Path],
+    classes: Sequence[str],
     background: str | Path | None,
     frontend: FrontendSpec,
     seed: int,
@@ -284,23 +288,29 @@ def _materials(
 ) -> dict[str, _Material]:
     """Return what the scenes of every split asked for are made of."""
     sets = [read_dataset(one).single_sources(seed=seed) for one in data]
+    there = {label for dataset in sets for label in dataset.labels} if sets else set(CLASSES)
+    for label in classes:
+        if label not in there:
+            raise UnknownNameError("class", label, there)
+    wanted = set(classes) or there
     behind = None if background is None else read_dataset(background).single_sources(seed=seed)
     materials = {}
     for split in splits:
         if sets:
             sounds: dict[str, list[_Sound]] = defaultdict(list)
             for dataset in sets:
-                for record, waveform in _read(dataset, split, frontend, progress):
+                used = tuple(record for record in dataset.records if record.labels[0] in wanted)
+                for record, waveform in _read(replace(dataset, records=used), split, frontend, progress):
                     name = f"{dataset.root.name}/{dataset.name_of(record)}"
                     sounds[record.labels[0]].append(_cut(trimmed(waveform, frontend.sample_rate), name, frontend))
-            absent = sorted({label for dataset in sets for label in dataset.labels} - set(sounds))
+            absent = sorted(wanted - set(sounds))
             if absent:
                 raise DataError(
                     f"{', '.join(map(str, data))}: split {split!r} has no recording of {', '.join(absent)}, so its "
                     "scenes would have no such event; add some, or take the class out"
                 )
         else:
-            sounds = {label: [_rendered(label, frontend.sample_rate)] for label in CLASSES}
+            sounds = {label: [_rendered(label, frontend.sample_rate)] for label in sorted(wanted)}
         heard = () if behind is None else _read(behind, split, frontend, progress)
         materials[split] = _Material(
             sounds, [(waveform, behind.name_of(record)) for record, waveform in heard] if behind is not None else ()

@@ -210,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument(
         "--data", nargs="+", default=[], help="folders with recordings of one label each (default: built-in sounds)"
     )
+    scenes.add_argument("--classes", nargs="+", default=[], help="use these of their classes only")
     scenes.add_argument("--background", help="folder with labelled recordings to lie under them (default: noise)")
     scenes.add_argument("--out", required=True, help="folder to write")
     for kind, default in (("strong", 150), ("weak", 150), ("unlabelled", 300), ("validation", 50), ("test", 200)):
@@ -477,6 +478,7 @@ def _scenes(options: argparse.Namespace) -> None:
         get_frontend(options.frontend),
         counts={kind: getattr(options, kind) for kind in ("strong", "weak", "unlabelled", "validation", "test")},
         data=options.data,
+        classes=options.classes,
         background=options.background,
         settings=SceneSettings(
             seconds=options.seconds,

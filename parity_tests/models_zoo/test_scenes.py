@@ -11,7 +11,7 @@ import soundfile
 
 from models_zoo.audio import load_audio
 from models_zoo.dataset import read_dataset
-from models_zoo.errors import DataError, OutputExistsError, SpecError
+from models_zoo.errors import DataError, OutputExistsError, SpecError, UnknownNameError
 from models_zoo.presets import get_frontend
 from models_zoo.scenes import SceneSettings, trimmed, write_scenes
 from models_zoo.soundscapes import CLASSES
@@ -152,6 +152,13 @@ def test_recordings_as_background(tones: Path, tmp_path: Path) -> None:
         assert int(take) < 2, "not a test recording"
         spectrum = np.abs(np.fft.rfft(load_audio(tmp_path / row["file"], DCASE)))
         assert spectrum.argmax() / 2 == pytest.approx(PITCHES[label], rel=0.02)
+
+
+def test_some_of_the_classes(tones: Path, tmp_path: Path) -> None:
+    write_scenes(tmp_path, DCASE, counts={"test": 8}, data=[tones], classes=["low", "high"], settings=SETTINGS)
+    assert read_dataset(tmp_path).labels == ("high", "low")
+    with pytest.raises(UnknownNameError, match="'hi'"):
+        write_scenes(tmp_path / "none", DCASE, counts={"test": 1}, data=[tones], classes=["hi"])
 
 
 def test_silence_around_a_sound_is_no_part_of_it() -> None:
