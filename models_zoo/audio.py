@@ -35,6 +35,7 @@ __all__ = [
     "as_waveform",
     "checked_rate",
     "load_audio",
+    "mix_channels",
     "probe_audio",
     "stream_audio",
 ]
@@ -182,7 +183,7 @@ def _decode(source: AudioSource, spec: FrontendSpec, max_seconds: float) -> Iter
             num_in += len(block)
             if num_in > max_seconds * rate:
                 raise _too_long(recording.name, num_in / rate, max_seconds)
-            out = resampler.feed(_mixed(block, spec))
+            out = resampler.feed(mix_channels(block, spec))
             num_out += len(out)
             yield _finite(out, recording.name)
         out = resampler.finish()
@@ -264,7 +265,8 @@ def _cut_short(name: str, stated: int | None, count: int) -> AudioDecodeError:
     )
 
 
-def _mixed(block: NDArray[np.float32], spec: FrontendSpec) -> NDArray[np.float32]:
+def mix_channels(block: NDArray[np.float32], spec: FrontendSpec) -> NDArray[np.float32]:
+    """Return ``(n,)`` of ``(n, channels)`` float32, as ``spec.channels`` says."""
     if spec.channels == "first" or block.shape[1] == 1:
         return np.ascontiguousarray(block[:, 0])
     return np.asarray(block.mean(axis=1, dtype=np.float32))
@@ -494,7 +496,7 @@ def as_waveform(
                 "channels_first wants (channels, num_samples)",
                 code="channels",
             )
-        samples = _mixed(samples.T, spec)
+        samples = mix_channels(samples.T, spec)
     if rate != spec.sample_rate:
         rows = [
             soxr.resample(np.ascontiguousarray(row), rate, spec.sample_rate, quality="HQ")

@@ -8,6 +8,7 @@
     ├── UnknownNameError (ValueError)       no such model, preset or label set; suggests near names
     ├── AudioDecodeError (ValueError)       a recording cannot be read; has a ``code``
     ├── ImageDecodeError (ValueError)       a picture cannot be read; has a ``code``
+    ├── VideoDecodeError (ValueError)       a video cannot be read; has a ``code``
     ├── WaveformError (ValueError)          an array is not a waveform; has a ``code``
     │   └── ClipLengthError                 a clip is shorter or longer than the model allows
     ├── DataError (ValueError)              a data folder, manifest or label table is wrong
@@ -49,6 +50,7 @@ __all__ = [
     "SpecError",
     "UnknownNameError",
     "VerificationError",
+    "VideoDecodeError",
     "WaveformError",
 ]
 
@@ -117,11 +119,19 @@ class ImageDecodeError(_CodedError):
     """
 
 
-class WaveformError(_CodedError):
-    """An array is not a waveform.
+class VideoDecodeError(_CodedError):
+    """A video could not be turned into pictures or sound.
 
-    ``code`` is one of ``dtype``, ``rank``, ``empty``, ``non_finite``, ``sample_rate``, ``channels``, ``range``,
-    ``type``, ``too_short``, ``too_long``, ``multiple``.
+    ``code`` is one of ``type``, ``not_found``, ``not_readable``, ``empty``, ``not_video``, ``no_audio``,
+    ``no_video``, ``no_frames``, ``too_large``, ``too_long``, ``corrupt``.
+    """
+
+
+class WaveformError(_CodedError):
+    """An array is not a waveform, or not what a model takes beside one.
+
+    ``code`` is one of ``dtype``, ``rank``, ``shape``, ``empty``, ``non_finite``, ``sample_rate``, ``channels``,
+    ``range``, ``type``, ``missing``, ``too_short``, ``too_long``, ``multiple``.
     """
 
 

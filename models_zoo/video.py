@@ -1,0 +1,181 @@
+"""Pictures and sound of a video; decoding is FFmpeg's, through PyAV (extra ``video``).
+
+Source: YuanGongND/cav-mae ``src/preprocess`` (ten evenly spaced frames of the first ten seconds; the first audio
+channel at 16 kHz). Differences: frames are not stored as JPEG on the way, and audio is resampled as that of any
+recording.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from models_zoo.audio import MAX_SECONDS, Resampler, checked_rate, mix_channels
+from models_zoo.errors import MissingDependencyError, VideoDecodeError
+from models_zoo.images import MAX_PIXELS
+from models_zoo.specs import FrontendSpec
+
+__all__ = ["MIDDLE", "NUM_FRAMES", "VideoSource", "frame_indices", "read_video_audio", "read_video_frames"]
+
+VideoSource: TypeAlias = str | Path | bytes | bytearray | memoryview | BinaryIO
+"""A path, the bytes of a file, or a file object open for reading bytes."""
+
+NUM_FRAMES = 10
+"""Evenly spaced frames of a video; the published systems know no others."""
+
+MIDDLE = NUM_FRAMES // 2
+"""The one of them that is looked at where one is."""
+
+_SECONDS = 10
+
+
+def frame_indices(num_frames: int, rate: float) -> list[int]:
+    """Return the indices of the ten frames of a video of ``num_frames`` at ``rate`` per second; short ones repeat some.
+
+    They are evenly spaced over the first ten seconds; each is the one before the place meant, as the published
+    extraction reads them.
+    """
+    total = min(num_frames, int(rate * _SECONDS))
+    return [max(int(i * total / NUM_FRAMES) - 1, 0) for i in range(NUM_FRAMES)]
+
+
+def read_video_frames(source: VideoSource, chosen: Sequence[int] = (MIDDLE,)) -> list[Image.Image]:
+    """Return frames of a video as pictures in RGB.
+
+    Args:
+        source: path, bytes or binary file object.
+        chosen: which of the ten evenly spaced frames, 0 to 9, in any order.
+
+    Raises:
+        VideoDecodeError: with ``code`` ``not_found``, ``not_readable``, ``type``, ``empty``, ``not_video``,
+            ``no_video`` (sound alone), ``no_frames``, ``too_large`` or ``corrupt``; or ``type`` for a frame that is
+            not 0 to 9.
+        MissingDependencyError: PyAV is not installed.
+    """
+    if not chosen or any(not isinstance(index, int) or not 0 <= index < NUM_FRAMES for index in chosen):
+        raise VideoDecodeError(
+            f"chosen: got {list(chosen)}; expected frames 0 to {NUM_FRAMES - 1}, at least one", code="type"
+        )
+    with _opened(source) as (container, name):
+        stream = _stream_of(container, "video", name)
+        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+            raise VideoDecodeError(f"{name}: its frames have more than {MAX_PIXELS} pixels", code="too_large")
+        # Many containers state no number of frames, and some a wrong one.
+        count = sum(packet.size > 0 for packet in container.demux(stream))
+        if not count:
+            raise VideoDecodeError(f"{name}: holds no frame", code="no_frames")
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        container.seek(0, stream=stream, any_frame=False)
+        wanted = frame_indices(count, rate)
+        wanted = [wanted[index] for index in chosen]
+        kept: dict[int, Image.Image] = {}
+        frame = None
+        for index, frame in enumerate(container.decode(stream)):
+            if index in wanted:
+                kept[index] = frame.to_image()
+            if index >= max(wanted):
+                break
+        if frame is None:
+            raise VideoDecodeError(f"{name}: no frame of it can be decoded; get a whole copy", code="corrupt")
+        # A container may count a frame or two that are never shown: the last one stands for them.
+        last = None if len(kept) == len(set(wanted)) else frame.to_image()
+        return [kept.get(index, last) for index in wanted]
+
+
+def read_video_audio(
+    source: VideoSource, spec: FrontendSpec, *, max_seconds: float = MAX_SECONDS
+) -> NDArray[np.float32]:
+    """Return the sound of a video as ``(num_samples,)`` float32 mono at ``spec.sample_rate`` Hz.
+
+    Channels become one as ``spec.channels`` says, before resampling, as those of a recording do.
+
+    Args:
+        source: path, bytes or binary file object.
+        spec: gives sample rate and channel rule.
+        max_seconds: longest sound taken.
+
+    Raises:
+        VideoDecodeError: as :func:`read_video_frames`, but ``no_audio`` for ``no_video``, and ``too_long``.
+        AudioDecodeError: an impossible sample rate.
+        MissingDependencyError: PyAV is not installed.
+    """
+    with _opened(source) as (container, name):
+        import av
+
+        stream = _stream_of(container, "audio", name)
+        rate = checked_rate(stream.rate)
+        planar = av.AudioResampler(format="fltp")  # of the samples' type alone
+        resampler = Resampler(rate, spec)
+        blocks: list[NDArray[np.float32]] = []
+        count = 0
+        for frame in container.decode(stream):
+            for part in planar.resample(frame):
+                block = np.asarray(part.to_ndarray().T, np.float32)
+                count += len(block)
+                if count > max_seconds * rate:
+                    raise VideoDecodeError(
+                        f"{name}: its sound is longer than {max_seconds:g} s; cut it, or raise max_seconds",
+                        code="too_long",
+                    )
+                blocks.append(resampler.feed(mix_channels(block, spec)))
+        blocks.append(resampler.finish())
+        waveform = np.concatenate(blocks)
+        if not waveform.size or not np.isfinite(waveform).all():
+            raise VideoDecodeError(
+                f"{name}: its sound has {'values that are not finite' if waveform.size else 'no samples'}; get a whole "
+                "copy",
+                code="corrupt",
+            )
+        return waveform
+
+
+def _stream_of(container: Any, kind: str, name: str) -> Any:
+    streams = getattr(container.streams, kind)
+    if not streams:
+        other = "picture" if kind == "video" else "sound"
+        raise VideoDecodeError(f"{name}: has no {other}; give the {other} by itself", code=f"no_{kind}")
+    return streams[0]
+
+
+@contextmanager
+def _opened(source: object) -> Iterator[tuple[Any, str]]:
+    try:
+        import av
+    except ImportError:
+        raise MissingDependencyError("videos need PyAV; install the extra: pip install 'crossfade[video]'") from None
+    stream: Any = source
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name, stream = f"{len(source)} bytes", io.BytesIO(source)
+        if not source:
+            raise VideoDecodeError("got no bytes; expected a video", code="empty")
+    elif isinstance(source, (str, Path)):
+        name, stream = str(source), str(source)
+        try:
+            with open(source, "rb") as file:
+                if not file.read(1):
+                    raise VideoDecodeError(f"{name}: is empty", code="empty")
+        except FileNotFoundError:
+            raise VideoDecodeError(f"{name}: no such file", code="not_found") from None
+        except (OSError, ValueError) as error:
+            raise VideoDecodeError(f"{name}: cannot be read: {error}", code="not_readable") from None
+    elif hasattr(source, "read") and hasattr(source, "seek"):
+        name = str(getattr(source, "name", "the open file"))
+        source.seek(0)
+    else:
+        raise VideoDecodeError(f"got {type(source).__name__}; expected a path, bytes, or an open file", code="type")
+    try:
+        container = av.open(stream, mode="r")
+    except (av.error.FFmpegError, ValueError, OSError) as error:
+        raise VideoDecodeError(f"{name}: is no video FFmpeg knows: {error}", code="not_video") from None
+    with container:
+        try:
+            yield container, name
+        except av.error.FFmpegError as error:
+            raise VideoDecodeError(f"{name}: cannot be decoded: {error}; get a whole copy", code="corrupt") from None

@@ -1,0 +1,163 @@
+"""Videos: the published choice of frames, sound as that of a recording, and files that lack one or the other."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+from models_zoo.audio import load_audio
+from models_zoo.errors import VideoDecodeError
+from models_zoo.presets import get_frontend
+from models_zoo.video import MIDDLE, frame_indices, read_video_audio, read_video_frames
+
+SPEC = get_frontend("cav_mae")
+RATE = 25
+
+
+def sound(seconds, rate=44100, channels=2):
+    """Return ``(channels, samples)`` int16, another tone in each channel."""
+    time = np.arange(round(seconds * rate)) / rate
+    tones = [np.sin(2 * np.pi * 300 * (channel + 1) * time) for channel in range(channels)]
+    return (np.stack(tones) * 8000).astype(np.int16)
+
+
+def video(seconds=5.0, *, pictures=True, shown=True, heard=True, container="matroska", codec="ffv1"):
+    """Return the bytes of a video whose frame i is a grey of level 2 i, without loss."""
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=container) as output:
+        if pictures:
+            track = output.add_stream(codec, rate=RATE)
+            track.width, track.height, track.pix_fmt = 64, 48, "yuv420p" if codec != "ffv1" else "bgr0"
+        if heard:
+            samples = sound(seconds)
+            line = output.add_stream("flac" if container == "matroska" else "aac", rate=44100)
+            line.layout = "stereo"
+        for index in range(round(seconds * RATE) if pictures and shown else 0):
+            grey = np.full((48, 64, 3), 2 * index % 256, np.uint8)
+            output.mux(track.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        if pictures and shown:
+            output.mux(track.encode())
+        if heard:
+            packed = av.AudioFrame.from_ndarray(samples.T.reshape(1, -1).copy(), format="s16", layout="stereo")
+            packed.sample_rate = 44100
+            fitting = av.AudioResampler(
+                format=line.format, layout="stereo", rate=44100, frame_size=line.frame_size or 0
+            )
+            for part in (*fitting.resample(packed), *fitting.resample(None)):
+                output.mux(line.encode(part))
+            output.mux([packet for packet in line.encode() if packet.size])
+    return stream.getvalue()
+
+
+def damaged(data):
+    """Return ``data`` with noise in its second half."""
+    half = len(data) // 2
+    return data[:half] + np.random.default_rng(0).integers(0, 256, len(data) - half, dtype=np.uint8).tobytes()
+
+
+def level(picture):
+    values = np.asarray(picture)
+    assert values.shape == (48, 64, 3)
+    assert np.ptp(values) == 0
+    return int(values[0, 0, 0])
+
+
+def test_the_published_frames():
+    assert frame_indices(125, 25)[:4] == [0, 11, 24, 36]
+    assert frame_indices(10_000, 25) == frame_indices(250, 25), "of the first ten seconds alone"
+    assert frame_indices(3, 25) == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
+
+
+def test_frames_are_those_asked_for():
+    data = video()
+    indices = frame_indices(125, RATE)
+    assert [level(picture) for picture in read_video_frames(data)] == [2 * indices[MIDDLE]]
+    chosen = [9, 0, 3, 3]
+    assert [level(picture) for picture in read_video_frames(data, chosen)] == [2 * indices[i] % 256 for i in chosen]
+
+
+def test_one_frame_stands_for_all():
+    assert [level(picture) for picture in read_video_frames(video(1 / RATE, heard=False), range(10))] == [0] * 10
+
+
+def test_sound_is_that_of_a_recording(tmp_path):
+    samples = sound(2.0)
+    path = tmp_path / "same.wav"
+    soundfile.write(path, samples.T, 44100, subtype="PCM_16")
+    assert np.array_equal(read_video_audio(video(2.0), SPEC), load_audio(path, SPEC))
+    mean = SPEC.replace(channels="mean")
+    assert np.array_equal(read_video_audio(video(2.0), mean), load_audio(path, mean))
+
+
+def test_an_mp4_from_disk(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(video(2.0, container="mp4", codec="mpeg4"))
+    picture = np.asarray(read_video_frames(path)[0]).astype(int)
+    assert np.abs(picture - 2 * frame_indices(50, RATE)[MIDDLE]).max() <= 3
+    heard = read_video_audio(path, SPEC)
+    assert abs(len(heard) - 32000) <= 3000  # AAC adds its own lead and tail
+    with open(path, "rb") as stream:
+        stream.read(9)
+        assert np.array_equal(read_video_audio(stream, SPEC), heard)
+
+
+BAD = {
+    "type": (3, read_video_frames),
+    "not_found": ("no/such.mp4", read_video_frames),
+    "empty": (b"", read_video_audio),
+    "not_video": (b"nothing of the kind" * 50, read_video_frames),
+    "no_video": (video(0.5, pictures=False), read_video_frames),
+    "no_audio": (video(0.5, heard=False), read_video_audio),
+    "no_frames": (video(0.5, shown=False), read_video_frames),
+    "corrupt": (damaged(video(0.5, pictures=False)), read_video_audio),
+}
+
+
+@pytest.mark.parametrize("code", BAD)
+def test_bad_videos_have_a_code(code):
+    source, read = BAD[code]
+    with pytest.raises(VideoDecodeError) as caught:
+        read(source, SPEC) if read is read_video_audio else read(source)
+    assert caught.value.code == code
+
+
+def test_long_sound_is_refused():
+    with pytest.raises(VideoDecodeError, match=r"longer than 0\.3 s"):
+        read_video_audio(video(0.5), SPEC, max_seconds=0.3)
+
+
+@pytest.mark.parametrize("chosen", [[], [10], [-1], [1.5]])
+def test_frames_that_are_none_of_the_ten_are_refused(chosen):
+    with pytest.raises(VideoDecodeError, match="frames 0 to 9"):
+        read_video_frames(b"never read", chosen)
+
+
+def test_a_cut_video_is_refused_or_read_to_its_end():
+    whole = video(2.0)
+    for length in range(200, len(whole), len(whole) // 7):
+        try:
+            assert read_video_audio(whole[:length], SPEC).size
+        except VideoDecodeError as error:
+            assert error.code in ("corrupt", "not_video", "no_audio")
+
+
+def test_without_the_extra_the_error_names_it():
+    script = (
+        "import sys; sys.modules['av'] = None\n"
+        "from models_zoo.errors import MissingDependencyError\n"
+        "from models_zoo.presets import get_frontend\n"
+        "from models_zoo.video import read_video_audio, read_video_frames\n"
+        "for read in (read_video_frames, lambda source: read_video_audio(source, get_frontend('cav_mae'))):\n"
+        "    try:\n"
+        "        read(b'x')\n"
+        "    except MissingDependencyError as error:\n"
+        "        print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said.count("crossfade[video]") == 2
