@@ -17,7 +17,7 @@ from torch.nn import functional
 from models_zoo.errors import CardError, ClipLengthError, SpecError
 from models_zoo.schema import Declaration
 
-__all__ = ["DEPTH", "PATCH", "Block", "Stream", "TowerOptions", "Towers", "initialise", "position_table"]
+__all__ = ["DEPTH", "PATCH", "Block", "Stream", "TowerOptions", "Towers", "initialise", "position_table", "through"]
 
 PATCH = 16
 """Side of a patch, in mel bands and frames, or in pixels."""
