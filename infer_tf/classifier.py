@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +23,17 @@ from models_zoo.events import EventOptions
 from models_zoo.prediction import Event, Prediction, average_predictions
 from models_zoo.registry import get_card, list_models, list_shipped, shipped_model
 
-__all__ = ["Source", "TFAudioClassifier", "find_model"]
+__all__ = ["Inputs", "Source", "TFAudioClassifier", "find_model"]
 
 Source: TypeAlias = AudioSource | NDArray[Any]
 """One clip: a path, a file's contents, an open file, or an array."""
 
+Inputs: TypeAlias = Mapping[str, Any]
+"""What a model takes beside the audio of one clip: the card's name of an input -> array without a batch axis."""
+
 _T = TypeVar("_T")
 _Outputs: TypeAlias = dict[str, NDArray[np.float32]]
+_Extras: TypeAlias = dict[str, NDArray[Any]]
 
 _BATCH_SECONDS = 80.0  # what is scored at once, and, four times over, what may wait for clips of equal length
 
@@ -54,6 +58,9 @@ class TFAudioClassifier:
         max_seconds: longest recording ``predict`` and ``embed`` read; ``predict_windows`` has no limit.
         weights: of several models' answers, in order; None for equal ones.
         mean: of several models' ``probabilities``, or of their ``logits``.
+        encoder: for a model that takes embeddings beside audio: path of the ``.onnx`` file that computes them of the
+            same audio, with an output of the needed shape, or the name of a shipped model. Without it they are given
+            with each clip, in ``inputs``.
 
     Attributes:
         card: the model's card; of several models, one that describes their mean.
@@ -77,6 +84,7 @@ class TFAudioClassifier:
         max_seconds: float = 600.0,
         weights: Sequence[float] | None = None,
         mean: Mean = "probabilities",
+        encoder: str | os.PathLike[str] | None = None,
     ) -> None:
         if isinstance(max_seconds, bool) or not isinstance(max_seconds, (int, float)) or not max_seconds > 0:
             raise WaveformError(f"max_seconds: got {max_seconds!r}; expected seconds, more than 0", code="range")
@@ -84,12 +92,17 @@ class TFAudioClassifier:
             raise UnknownNameError("mean", mean, ("probabilities", "logits"))
         given = _several(model)
         self.paths = tuple(find_model(one) for one in given)
-        # A shipped model is found by its name again, wherever this is unpickled.
-        names = [str(one if path != Path(one) else path.resolve()) for one, path in zip(given, self.paths, strict=True)]
+        names = [_lasting(one, path) for one, path in zip(given, self.paths, strict=True)]
+        beside = None if encoder is None else find_model(encoder)
         self.max_seconds = float(max_seconds)
         self._arguments = (names, device, threads)
-        self._options = {"max_seconds": self.max_seconds, "weights": weights, "mean": mean}
-        self._members = Members(self.paths, device, threads, weights=weights, mean=mean)
+        self._options = {
+            "max_seconds": self.max_seconds,
+            "weights": weights,
+            "mean": mean,
+            "encoder": None if encoder is None or beside is None else _lasting(encoder, beside),
+        }
+        self._members = Members(self.paths, device, threads, weights=weights, mean=mean, encoder=beside)
         self.card: ModelCard = self._members.card
         assert self.card.frontend is not None
         self._spec = self.card.frontend
@@ -112,11 +125,12 @@ class TFAudioClassifier:
         """Release the model; a later prediction raises ClosedError. Closing twice is fine."""
         self._members.close()
 
-    def warmup(self, seconds: float | None = None) -> None:
+    def warmup(self, seconds: float | None = None, *, inputs: Inputs | None = None) -> None:
         """Score silence once, so that the first real clip does not pay for the building of graphs.
 
         Args:
             seconds: length of the silence, or None for the shortest legal clip.
+            inputs: as in :meth:`predict`.
 
         Raises:
             WaveformError: ``seconds`` is no sensible number.
@@ -125,7 +139,7 @@ class TFAudioClassifier:
         num_samples = self.card.min_samples if seconds is None else self._samples("seconds", seconds)
         policy = self.card.length_policy
         num_samples = -(-max(num_samples, self.card.min_samples) // policy.multiple_of) * policy.multiple_of
-        self._run(np.zeros((1, num_samples), np.float32))
+        self._run(np.zeros((1, num_samples), np.float32), _repeated(self._members.checked(inputs), 1))
 
     @overload
     def predict(
@@ -135,6 +149,7 @@ class TFAudioClassifier:
         channels_first: bool = False,
         *,
         events: EventOptions | None = None,
+        inputs: Inputs | None = None,
     ) -> Prediction: ...
     @overload
     def predict(
@@ -144,6 +159,7 @@ class TFAudioClassifier:
         channels_first: bool = False,
         *,
         events: EventOptions | None = None,
+        inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> list[Prediction]: ...
     @overload
     def predict(
@@ -153,6 +169,7 @@ class TFAudioClassifier:
         channels_first: bool = False,
         *,
         events: EventOptions | None = None,
+        inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> Any: ...
     def predict(
         self,
@@ -161,6 +178,7 @@ class TFAudioClassifier:
         channels_first: bool = False,
         *,
         events: EventOptions | None = None,
+        inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> Any:
         """Return a Prediction, or a list of them for a list or a 2-D array.
 
@@ -173,10 +191,12 @@ class TFAudioClassifier:
             sample_rate: rate of arrays, Hz, if it is not the model's; recordings state their own.
             channels_first: a 2-D array is ``(channels, num_samples)`` of one clip, not a batch.
             events: how to find events, for a model of that task; what is left out is the card's.
+            inputs: what the model takes beside audio, of one clip and without a batch axis, as ``{"classes_mask":
+                mask}``; for several clips a list of them, or one that goes for all.
 
         Raises:
             AudioDecodeError: a recording cannot be read; ``code`` says why.
-            WaveformError: an array is no waveform; ``code`` says why.
+            WaveformError: an array is no waveform, or not what the model takes beside one; ``code`` says why.
             ClipLengthError: shorter or longer than the card allows, and it declares no rule for it.
             ModelFileError: the model has no clip scores, or returned NaN.
             CardError: ``events`` for a model of another task.
@@ -190,7 +210,7 @@ class TFAudioClassifier:
         def answer(outputs: _Outputs, num_samples: int) -> Prediction:
             return decode(self.card, outputs, end=num_samples / self.sample_rate, events=options)
 
-        return self._answer(source, sample_rate, channels_first, answer)
+        return self._answer(source, sample_rate, channels_first, answer, inputs)
 
     def _event_options(self, events: EventOptions | None) -> EventOptions | None:
         """Return how to find events in a clip, or None where the model is not for that."""
@@ -206,15 +226,39 @@ class TFAudioClassifier:
 
     @overload
     def embed(
-        self, source: AudioSource, sample_rate: int | None = None, channels_first: bool = False
+        self,
+        source: AudioSource,
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        *,
+        inputs: Inputs | None = None,
     ) -> NDArray[np.float32]: ...
     @overload
     def embed(
-        self, source: list[Any] | tuple[Any, ...], sample_rate: int | None = None, channels_first: bool = False
+        self,
+        source: list[Any] | tuple[Any, ...],
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        *,
+        inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> list[NDArray[np.float32]]: ...
     @overload
-    def embed(self, source: NDArray[Any], sample_rate: int | None = None, channels_first: bool = False) -> Any: ...
-    def embed(self, source: Any, sample_rate: int | None = None, channels_first: bool = False) -> Any:
+    def embed(
+        self,
+        source: NDArray[Any],
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        *,
+        inputs: Inputs | Sequence[Inputs] | None = None,
+    ) -> Any: ...
+    def embed(
+        self,
+        source: Any,
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        *,
+        inputs: Inputs | Sequence[Inputs] | None = None,
+    ) -> Any:
         """Return an embedding, ``(size,)`` float32, or a list of them for a list or a 2-D array.
 
         The mean over the windows where the card cuts long clips into windows.
@@ -222,7 +266,7 @@ class TFAudioClassifier:
         Args and Raises: as :meth:`predict`; ModelFileError where the model has no embedding.
         """
         name = self._embedding_name()
-        return self._answer(source, sample_rate, channels_first, lambda outputs, _: outputs[name].mean(axis=0))
+        return self._answer(source, sample_rate, channels_first, lambda outputs, _: outputs[name].mean(axis=0), inputs)
 
     def _embedding_name(self) -> str:
         if self._embedding is None:
@@ -241,6 +285,7 @@ class TFAudioClassifier:
         sample_rate: int | None = None,
         channels_first: bool = False,
         events: EventOptions | None = None,
+        inputs: Inputs | None = None,
     ) -> Iterator[Prediction]:
         """Yield a Prediction for each window of a recording of any length, in constant memory.
 
@@ -257,6 +302,7 @@ class TFAudioClassifier:
             window: seconds.
             hop: seconds between the beginnings of windows.
             sample_rate, channels_first, events: as in :meth:`predict`.
+            inputs: as in :meth:`predict`, those that go for every window; embeddings come from ``encoder``.
 
         Raises:
             WaveformError: ``window`` or ``hop`` is no sensible number; or as :meth:`predict`.
@@ -266,8 +312,8 @@ class TFAudioClassifier:
         if self._clip is None:
             raise ModelFileError(f"model {self.card.name!r} has no clip scores to predict from; use embed_windows")
         if self._event_options(events) is not None:
-            return self._predictions(self._joined(source, window, hop, sample_rate, channels_first, events))
-        windows = self._windows_of(source, window, hop, sample_rate, channels_first)
+            return self._predictions(self._joined(source, window, hop, sample_rate, channels_first, events, inputs))
+        windows = self._windows_of(source, window, hop, sample_rate, channels_first, inputs)
         return (decode(self.card, outputs, start=start, end=end) for outputs, start, end in windows)
 
     def _predictions(self, windows: Iterator[Scored]) -> Iterator[Prediction]:
@@ -295,6 +341,7 @@ class TFAudioClassifier:
         sample_rate: int | None = None,
         channels_first: bool = False,
         events: EventOptions | None = None,
+        inputs: Inputs | None = None,
     ) -> Iterator[Event]:
         """Yield the events of a recording of any length as they become final, in constant memory.
 
@@ -307,6 +354,7 @@ class TFAudioClassifier:
             hop: seconds between the beginnings of windows, at most ``window``; rounded down to whole frames.
             sample_rate, channels_first: of an array, as in :meth:`predict`.
             events: how to find events; what is left out is the card's.
+            inputs: as in :meth:`predict`, those that go for every window; embeddings come from ``encoder``.
 
         Raises:
             CardError: the model scores no frames.
@@ -315,7 +363,7 @@ class TFAudioClassifier:
             ClipLengthError: ``window`` is not a legal clip length for this model.
             AudioDecodeError, ModelFileError, ClosedError: as :meth:`predict`.
         """
-        joined = self._joined(source, window, hop, sample_rate, channels_first, events)
+        joined = self._joined(source, window, hop, sample_rate, channels_first, events, inputs)
         return (event for scored in joined for event in scored.events)
 
     def stream(
@@ -326,11 +374,12 @@ class TFAudioClassifier:
         sample_rate: int | None = None,
         channels_first: bool = False,
         events: EventOptions | None = None,
+        inputs: Inputs | None = None,
     ) -> EventStream:
         """Return a stream that takes audio in chunks and returns events as they become final.
 
         Args:
-            window, hop, events: as in :meth:`detect`. Shorter ones answer sooner, from less context: see
+            window, hop, events, inputs: as in :meth:`detect`. Shorter ones answer sooner, from less context: see
                 :attr:`EventStream.latency`.
             sample_rate: of the chunks, Hz; None for the model's.
             channels_first: chunks are ``(channels, num_samples)``.
@@ -338,14 +387,31 @@ class TFAudioClassifier:
         Raises:
             CardError, UnknownNameError, WaveformError, ClipLengthError, ClosedError: as :meth:`detect`.
         """
-        windows = self._joiner(window, hop, events)
+        windows = self._joiner(window, hop, events, inputs)
         return EventStream(windows, self.card, sample_rate=sample_rate, channels_first=channels_first)
 
-    def _joiner(self, window: float, hop: float, events: EventOptions | None) -> JoinedWindows:
+    def _joiner(self, window: float, hop: float, events: EventOptions | None, inputs: Inputs | None) -> JoinedWindows:
         self._members.check_usable()
         size, step = self._samples("window", window), self._samples("hop", hop)
         options = (events or EventOptions()).over(self.card)
-        return JoinedWindows(self.card, self._run, size, step, self.labels, options)
+        return JoinedWindows(self.card, self._window_runner(inputs), size, step, self.labels, options)
+
+    def _window_runner(self, inputs: Inputs | None) -> Callable[[NDArray[np.float32]], _Outputs]:
+        """Return what scores the segments of a window, given inputs that go for every window."""
+        self._refuse_of_one_clip(inputs)
+        extras = self._members.checked(inputs)
+        return lambda segments: self._run(segments, _repeated(extras, len(segments)))
+
+    def _refuse_of_one_clip(self, inputs: Inputs | None) -> None:
+        """Refuse inputs that go for a whole clip, where parts of it are scored by themselves."""
+        for name in inputs or ():
+            part = self._members.extras.get(name)
+            if part is not None and (part.source == "encoder" or not all(axis.isdigit() for axis in part.axes[1:])):
+                raise WaveformError(
+                    f"input {name!r} belongs to one clip, and every window is another one; "
+                    + ("compute it with encoder=..." if part.source == "encoder" else "use predict"),
+                    code="type",
+                )
 
     def _joined(
         self,
@@ -355,9 +421,10 @@ class TFAudioClassifier:
         sample_rate: int | None,
         channels_first: bool,
         events: EventOptions | None,
+        inputs: Inputs | None,
     ) -> Iterator[Scored]:
         """Return the joined windows of a recording; refuse bad arguments at once."""
-        joined = self._joiner(window, hop, events)
+        joined = self._joiner(window, hop, events, inputs)
         blocks = self._blocks(source, sample_rate, channels_first)
 
         def scored() -> Iterator[Scored]:
@@ -375,6 +442,7 @@ class TFAudioClassifier:
         *,
         sample_rate: int | None = None,
         channels_first: bool = False,
+        inputs: Inputs | None = None,
     ) -> Prediction:
         """Return one Prediction for a recording of any length: the mean over its windows, in constant memory.
 
@@ -383,7 +451,9 @@ class TFAudioClassifier:
 
         Args and Raises: as :meth:`predict_windows`.
         """
-        windows = self.predict_windows(source, window, hop, sample_rate=sample_rate, channels_first=channels_first)
+        windows = self.predict_windows(
+            source, window, hop, sample_rate=sample_rate, channels_first=channels_first, inputs=inputs
+        )
         return average_predictions(windows)
 
     def embed_windows(
@@ -394,6 +464,7 @@ class TFAudioClassifier:
         *,
         sample_rate: int | None = None,
         channels_first: bool = False,
+        inputs: Inputs | None = None,
     ) -> Iterator[tuple[float, float, NDArray[np.float32]]]:
         """Yield (start, end, embedding) for each window of a recording of any length, in constant memory.
 
@@ -402,17 +473,32 @@ class TFAudioClassifier:
         Args and Raises: as :meth:`predict_windows`; ModelFileError where the model has no embedding.
         """
         name = self._embedding_name()
-        windows = self._windows_of(source, window, hop, sample_rate, channels_first)
+        windows = self._windows_of(source, window, hop, sample_rate, channels_first, inputs)
         return ((start, end, outputs[name].mean(axis=0)) for outputs, start, end in windows)
 
     def _windows_of(
-        self, source: Source, window: float, hop: float, sample_rate: int | None, channels_first: bool
+        self,
+        source: Source,
+        window: float,
+        hop: float,
+        sample_rate: int | None,
+        channels_first: bool,
+        inputs: Inputs | None,
     ) -> Iterator[tuple[_Outputs, float, float]]:
         """Return the outputs for each window with its start and end in seconds; refuse bad arguments at once."""
         self._members.check_usable()
         size, step = self._samples("window", window), self._samples("hop", hop)
         check_window(size, self.card)
-        return self._windows(self._blocks(source, sample_rate, channels_first), size, step)
+        run = self._window_runner(inputs)
+        windows = _windows(self._blocks(source, sample_rate, channels_first), size, step)
+        return (
+            (
+                run(legal_segments(waveform, self.card)),
+                start / self.sample_rate,
+                (start + len(waveform)) / self.sample_rate,
+            )
+            for waveform, start in windows
+        )
 
     def _blocks(self, source: Source, sample_rate: int | None, channels_first: bool) -> Iterable[NDArray[np.float32]]:
         """Return a recording of any length in blocks at the model's rate, or an array as one."""
@@ -420,29 +506,6 @@ class TFAudioClassifier:
             return [self._waveform(source, sample_rate, channels_first)]
         _refuse_rate(sample_rate)
         return stream_audio(cast(AudioSource, source), self._spec)
-
-    def _windows(
-        self, blocks: Iterable[NDArray[np.float32]], size: int, step: int
-    ) -> Iterator[tuple[_Outputs, float, float]]:
-        kept = np.zeros(0, np.float32)  # samples from `offset` on: the next window and the last `size` received
-        offset = following = 0
-        scored = -1  # beginning of the last window yielded
-        for block in blocks:
-            kept = np.concatenate([kept, block])
-            received = offset + len(kept)
-            while following + size <= received:
-                yield self._window(kept[following - offset : following - offset + size], following)
-                scored, following = following, following + step
-            keep_from = max(offset, min(following, received - size))
-            kept, offset = kept[keep_from - offset :], keep_from
-        received = offset + len(kept)
-        last = max(0, received - size)
-        if scored != last:
-            yield self._window(kept[last - offset :], last)
-
-    def _window(self, waveform: NDArray[np.float32], start: int) -> tuple[_Outputs, float, float]:
-        outputs = self._run(legal_segments(waveform, self.card))
-        return outputs, start / self.sample_rate, (start + len(waveform)) / self.sample_rate
 
     def _samples(self, name: str, seconds: float) -> int:
         number = isinstance(seconds, (int, float, np.integer, np.floating)) and not isinstance(seconds, bool)
@@ -454,46 +517,82 @@ class TFAudioClassifier:
         return samples
 
     def _answer(
-        self, source: Any, sample_rate: int | None, channels_first: bool, answer: Callable[[_Outputs, int], _T]
+        self,
+        source: Any,
+        sample_rate: int | None,
+        channels_first: bool,
+        answer: Callable[[_Outputs, int], _T],
+        inputs: Inputs | Sequence[Inputs] | None,
     ) -> _T | list[_T]:
         """Return ``answer(outputs, num_samples)`` of one source, or the list of them for several."""
         if isinstance(source, (list, tuple)):
             several: Iterable[NDArray[np.float32]] = self._waveforms(source, sample_rate, channels_first)
+            count = len(source)
         elif _is_array(source) and (array := _array(source)).ndim == 2 and not channels_first:
             several = as_waveform(array, self._spec, sample_rate=sample_rate)
+            count = len(array)
         else:
             waveform = self._waveform(source, sample_rate, channels_first)
-            return answer(self._run(legal_segments(waveform, self.card)), len(waveform))
-        return self._answer_in_groups(several, answer)
+            (extras,) = self._extras(inputs, 1)
+            segments, stacked = self._segments(waveform, extras)
+            return answer(self._run(segments, stacked), len(waveform))
+        return self._answer_in_groups(several, self._extras(inputs, count), answer)
+
+    def _extras(self, inputs: Inputs | Sequence[Inputs] | None, count: int) -> list[_Extras]:
+        """Return the checked inputs of each of ``count`` clips."""
+        if inputs is None or isinstance(inputs, Mapping):
+            return [self._members.checked(inputs)] * count
+        if not isinstance(inputs, (list, tuple)) or len(inputs) != count:
+            got = f"{len(inputs)} of them" if isinstance(inputs, (list, tuple)) else type(inputs).__name__
+            raise WaveformError(
+                f"inputs: got {got} for {count} clips; expected a mapping of name -> array for each, or one for all",
+                code="type",
+            )
+        checked = []
+        for position, one in enumerate(inputs):
+            with _naming(position):
+                checked.append(self._members.checked(one))
+        return checked
+
+    def _segments(self, waveform: NDArray[np.float32], extras: _Extras) -> tuple[NDArray[np.float32], _Extras]:
+        """Return what is scored of a clip, with the inputs beside it for each segment."""
+        segments = legal_segments(waveform, self.card)
+        if len(segments) > 1:
+            self._refuse_of_one_clip(extras)
+        return segments, _repeated(extras, len(segments))
 
     def _answer_in_groups(
-        self, waveforms: Iterable[NDArray[np.float32]], answer: Callable[[_Outputs, int], _T]
+        self,
+        waveforms: Iterable[NDArray[np.float32]],
+        extras: Sequence[_Extras],
+        answer: Callable[[_Outputs, int], _T],
     ) -> list[_T]:
         """Score clips of equal length together, holding a bounded amount of audio at any time."""
         answers: dict[int, _T] = {}
-        waiting: dict[int, list[tuple[int, int, NDArray[np.float32]]]] = {}
+        waiting: dict[Any, list[tuple[int, int, NDArray[np.float32], _Extras]]] = {}
         limit = int(_BATCH_SECONDS * self.sample_rate)
         held = 0
 
-        def score(group: list[tuple[int, int, NDArray[np.float32]]]) -> int:
-            outputs = self._run(np.concatenate([segments for _, _, segments in group]))
+        def score(group: list[tuple[int, int, NDArray[np.float32], _Extras]]) -> int:
+            stacked = {name: np.concatenate([beside[name] for *_, beside in group]) for name in group[0][3]}
+            outputs = self._run(np.concatenate([segments for _, _, segments, _ in group]), stacked)
             first = 0
-            for position, num_samples, segments in group:
+            for position, num_samples, segments, _ in group:
                 part = slice(first, first + len(segments))
                 answers[position] = answer({name: value[part] for name, value in outputs.items()}, num_samples)
                 first += len(segments)
-            return sum(segments.size for _, _, segments in group)
+            return sum(segments.size for _, _, segments, _ in group)
 
-        for position, waveform in enumerate(waveforms):
+        for position, (waveform, own) in enumerate(zip(waveforms, extras, strict=True)):
             with _naming(position):
-                segments = legal_segments(waveform, self.card)
-            length = segments.shape[1]
-            waiting.setdefault(length, []).append((position, len(waveform), segments))
+                segments, stacked = self._segments(waveform, own)
+            alike = (segments.shape[1], *((name, value.shape[1:]) for name, value in stacked.items()))
+            waiting.setdefault(alike, []).append((position, len(waveform), segments, stacked))
             held += segments.size
-            if sum(len(segments) for _, _, segments in waiting[length]) * length >= limit:
-                held -= score(waiting.pop(length))
+            if sum(segments.size for _, _, segments, _ in waiting[alike]) >= limit:
+                held -= score(waiting.pop(alike))
             if held > 4 * limit:
-                held -= sum(score(waiting.pop(length)) for length in list(waiting))
+                held -= sum(score(waiting.pop(alike)) for alike in list(waiting))
         for group in waiting.values():
             score(group)
         return [answers[position] for position in range(len(answers))]
@@ -519,17 +618,47 @@ class TFAudioClassifier:
             )
         return as_waveform(array, self._spec, sample_rate=sample_rate, channels_first=channels_first)
 
-    def _run(self, segments: NDArray[np.float32]) -> _Outputs:
+    def _run(self, segments: NDArray[np.float32], extras: _Extras) -> _Outputs:
         """Return the outputs of ``(segments, num_samples)`` waveforms of a legal length, a bounded part at a time."""
         rows = max(1, int(_BATCH_SECONDS * self.sample_rate) // segments.shape[1])
         if len(segments) > rows:
-            parts = [self._run(segments[first : first + rows]) for first in range(0, len(segments), rows)]
+            cuts = [slice(first, first + rows) for first in range(0, len(segments), rows)]
+            parts = [self._run(segments[cut], {name: value[cut] for name, value in extras.items()}) for cut in cuts]
             return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return self._members.run(segments)
+        return self._members.run(segments, extras)
+
+
+def _lasting(given: str | os.PathLike[str], path: Path) -> str:
+    """Return what finds the model again wherever this is unpickled: the name of a shipped one, else the whole path."""
+    return str(given if path != Path(given) else path.resolve())
 
 
 def _rebuild(arguments: tuple[list[str], str, int | None], options: dict[str, Any]) -> TFAudioClassifier:
     return TFAudioClassifier(*arguments, **options)
+
+
+def _windows(blocks: Iterable[NDArray[np.float32]], size: int, step: int) -> Iterator[tuple[NDArray[np.float32], int]]:
+    """Yield the windows of a recording with the samples at which they begin; the last one ends with the recording."""
+    kept = np.zeros(0, np.float32)  # samples from `offset` on: the next window and the last `size` received
+    offset = following = 0
+    scored = -1  # beginning of the last window yielded
+    for block in blocks:
+        kept = np.concatenate([kept, block])
+        received = offset + len(kept)
+        while following + size <= received:
+            yield kept[following - offset : following - offset + size], following
+            scored, following = following, following + step
+        keep_from = max(offset, min(following, received - size))
+        kept, offset = kept[keep_from - offset :], keep_from
+    received = offset + len(kept)
+    last = max(0, received - size)
+    if scored != last:
+        yield kept[last - offset :], last
+
+
+def _repeated(extras: _Extras, count: int) -> _Extras:
+    """Return the inputs of one clip with a batch axis, for each of its segments."""
+    return {name: np.repeat(value[None], count, axis=0) for name, value in extras.items()}
 
 
 def _several(model: Any) -> list[str | os.PathLike[str]]:

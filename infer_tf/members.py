@@ -111,9 +111,7 @@ class Members:
             )
         for output in card.outputs:
             pairs = zip(output.axes[1:], taken.axes[1:], strict=False)
-            if len(output.axes) == len(taken.axes) and all(
-                own == axis or not axis.isdigit() for own, axis in pairs
-            ):
+            if len(output.axes) == len(taken.axes) and all(own == axis or not axis.isdigit() for own, axis in pairs):
                 return output.name
         offered = ", ".join(f"{output.name} {shown(output.axes)}" for output in card.outputs)
         raise CardError(
@@ -187,7 +185,9 @@ class Members:
             return answers[0]
         pairs = list(zip(answers, self._cards, strict=True))
         scores = [answer[_clip_of(card).name] for answer, card in pairs]
-        means = {self._mean: mean_scores(scores, self._cards, self._weights, self._mean)}
+        means: dict[str, NDArray[np.float32]] = {
+            self._mean: mean_scores(scores, self._cards, self._weights, self._mean)
+        }
         if self.card.frame_output() is not None:
             framed = [_frames_of(answer, card) for answer, card in pairs]
             if len({scores.shape for scores in framed}) > 1:
@@ -254,15 +254,17 @@ def _frame_output(cards: Sequence[ModelCard], kind: Literal["logit", "probabilit
     for card, grid in zip(cards, grids, strict=True):
         if grid != grids[0]:
             raise CardError(
-                f"{card.name!r} scores frames of {grid.seconds:g} s, {cards[0].name!r} of {grids[0].seconds:g} s; members "
-                "share them",
+                f"{card.name!r} scores frames of {grid.seconds:g} s, {cards[0].name!r} of {grids[0].seconds:g} s; "
+                "members share them",
                 field="outputs",
             )
     frames = [card.frame_output() for card in cards]
     first = frames[0]
     assert first is not None  # FrameGrid.of has seen it
     if kind == "logit" and any(frame is not None and frame.kind != "logit" for frame in frames):
-        raise CardError("a mean of logits needs frame scores that are logits: take that of probabilities", field="outputs")
+        raise CardError(
+            "a mean of logits needs frame scores that are logits: take that of probabilities", field="outputs"
+        )
     classes = first.axes[3 - first.time_axis]
     return (first.replace(name=_FRAMES, kind=kind, axes=("batch", "frames", classes)),)
 

@@ -102,18 +102,24 @@ def normalised_weights(weights: Sequence[float] | None, members: int) -> tuple[f
 
 
 def mean_scores(
-    scores: Sequence[NDArray[np.float32]], cards: Sequence[ModelCard], weights: Sequence[float], mean: Mean
+    scores: Sequence[NDArray[np.float32]],
+    cards: Sequence[ModelCard],
+    weights: Sequence[float],
+    mean: Mean,
+    *,
+    frames: bool = False,
 ) -> NDArray[np.float32]:
-    """Return the weighted mean of the members' clip scores, ``(batch, num_classes)`` float32.
+    """Return the weighted mean of the members' clip scores, ``(batch, num_classes)`` float32, or of their frame scores.
 
     Args:
-        scores: of each member, as its graph returned them.
+        scores: of each member, as its graph returned them; ``(batch, ..., num_classes)``.
         cards: of the members.
         weights: summing to 1.
         mean: of ``logits`` as they are, or of ``probabilities``.
+        frames: they are frame scores.
     """
     if mean == "probabilities":
-        outputs = [card.clip_output() for card in cards]
+        outputs = [card.frame_output() if frames else card.clip_output() for card in cards]
         scores = [
             probabilities_of(one, task=card.task, kind=output.kind if output else None)
             for one, card, output in zip(scores, cards, outputs, strict=True)

@@ -178,3 +178,34 @@ def write_events(path: Path, card: ModelCard | None = None, **graph: Any) -> Pat
     """Write :func:`event_model` to ``path`` and return it."""
     path.write_bytes(event_model(card, **graph))
     return path
+
+
+def encoder_card(size: int = TOKEN_SIZE, *, frontend: str = "dcase_2023", **changes: Any) -> ModelCard:
+    """Return the card of :func:`write_encoder`, with ``changes``."""
+    fields: dict[str, Any] = {
+        "name": "tiny-encoder",
+        "task": "embedding",
+        "outputs": [{"name": "tokens", "role": "embedding", "axes": ["batch", str(size), "tokens"]}],
+        "frontend": get_frontend(frontend).to_dict(),
+        "length_policy": {"min": 16 * 256, "short": "zero"},
+        "labels": None,
+        "metrics": {},
+    }
+    return tiny_card(**{**fields, **changes})
+
+
+def write_encoder(path: Path, card: ModelCard | None = None, *, seed: int = 1) -> Path:
+    """Write a model that turns every 16 frames of ``features`` into a token, and return its path."""
+    card = card or encoder_card()
+    size = int(card.outputs[0].axes[1])
+    kernel = (np.random.default_rng(seed).standard_normal((size, 128, 16)) * 0.1).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["features", "kernel"], ["tokens"], strides=[16])],
+        "encoder",
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ("batch", 128, "time"))],
+        [helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ("batch", size, "tokens"))],
+        [numpy_helper.from_array(kernel, "kernel")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(with_metadata(proto, {CARD_KEY: card.to_json()}))
+    return path
