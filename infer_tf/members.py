@@ -219,12 +219,12 @@ class Members:
 
 
 def _spec_of(card: ModelCard) -> FrontendSpec:
-    foreign = [part.name for part in card.inputs if part.source == "image"]
-    if card.frontend is None or foreign:
+    pictures = [part.name for part in card.inputs if part.source == "image"]
+    hears = any(part.source in ("frontend", "waveform") for part in card.inputs)
+    if card.frontend is None or pictures or not hears:
+        why = f"inputs {pictures} are pictures" if pictures else "no input of it comes from audio"
         raise ModelFileError(
-            f"model {card.name!r} cannot be fed from audio alone "
-            f"({f'inputs {foreign} come from elsewhere' if foreign else 'its card has no front end'}); "
-            "use OnnxSession and feed it yourself"
+            f"model {card.name!r} cannot be fed from audio: {why}; use OnnxSession and feed it yourself"
         )
     return card.frontend
 
