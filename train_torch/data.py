@@ -388,6 +388,26 @@ class EvaluationBatches(Sampler[_Request]):
         return iter(self._requests)
 
 
+def _check_crops(recipe: Recipe, card: ModelCard) -> None:
+    """Refuse crops that are shorter than the network takes, unless the recipe says that clips are to be filled.
+
+    Raises:
+        SpecError: says how short they may be.
+    """
+    field = "seconds" if recipe.crop_seconds_min is None else "crop_seconds_min"
+    shortest = getattr(recipe, field)
+    if shortest is None or recipe.min_seconds is not None:
+        return
+    num_samples = round(shortest * card.sample_rate)
+    if num_samples < card.min_samples:
+        raise SpecError(
+            f"{field}: got {shortest} s, {num_samples} samples; {card.architecture!r} takes clips of at least "
+            f"{card.min_samples} samples ({card.min_samples / card.sample_rate:.3f} s); train on longer crops, or set "
+            "min_seconds to fill shorter clips",
+            field=field,
+        )
+
+
 class ClipDataModule(lightning.LightningDataModule):
     """The splits of a data set as Lightning takes them.
 
@@ -418,14 +438,7 @@ class ClipDataModule(lightning.LightningDataModule):
             ClassDraws(train, recipe.seed)
         if recipe.augmentation.mixup_pairs and len(train) < 2:
             raise DataError(f"{dataset.root}: got {len(train)} training clip; mixing pairs needs at least 2")
-        shortest = recipe.seconds if recipe.crop_seconds_min is None else recipe.crop_seconds_min
-        if shortest is not None and round(shortest * card.sample_rate) < card.min_samples:
-            raise SpecError(
-                f"{'seconds' if recipe.crop_seconds_min is None else 'crop_seconds_min'}: got {shortest} s, "
-                f"{round(shortest * card.sample_rate)} samples; {card.architecture!r} takes clips of at least "
-                f"{card.min_samples} samples ({card.min_samples / card.sample_rate:.3f} s); train on longer crops",
-                field="seconds" if recipe.crop_seconds_min is None else "crop_seconds_min",
-            )
+        _check_crops(recipe, card)
         self.parts = {
             split: ClipData(part, card, recipe, cache_gib=cache_gib * len(part) / len(dataset), progress=progress)
             for split in ("train", "validation")

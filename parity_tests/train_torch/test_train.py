@@ -324,12 +324,13 @@ def test_asking_for_what_is_not_there(sounds, tmp_path, monkeypatch):
 
 
 def test_a_diverged_training_keeps_its_last_good_state(sounds, tmp_path, monkeypatch):
-    logits = train.Classifier.logits
+    outputs = train.Classifier.outputs
 
-    def diverging(self, *arguments):
-        return logits(self, *arguments) * (float("nan") if self.global_step > 2 else 1.0)
+    def diverging(self, *arguments, **fields):
+        scores, embedding = outputs(self, *arguments, **fields)
+        return scores * (1.0 if self.training or self.global_step <= 2 else float("nan")), embedding
 
-    monkeypatch.setattr(train.Classifier, "logits", diverging)
+    monkeypatch.setattr(train.Classifier, "outputs", diverging)
     with pytest.raises(CheckpointError, match="diverged"):
         fit(sounds, tmp_path / "run", TINY, progress=False)
     assert torch.load(tmp_path / "run" / "state.ckpt", weights_only=True)["epoch"] == 0
