@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -14,12 +14,24 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from infer_tf.classifier import TFAudioClassifier
+from models_zoo.audio import probe_audio
 from models_zoo.dataset import AUDIO_SUFFIXES
-from models_zoo.errors import AudioDecodeError, DataError, ModelFileError, WaveformError
+from models_zoo.errors import AudioDecodeError, CardError, DataError, ModelFileError, WaveformError
+from models_zoo.event_files import write_events
+from models_zoo.events import EventOptions
 from models_zoo.files import replacing
-from models_zoo.prediction import Prediction, average_predictions
+from models_zoo.prediction import Event, Prediction, average_predictions
 
-__all__ = ["Request", "Summary", "is_collection", "list_recordings", "predict_files", "scores_of"]
+__all__ = [
+    "Request",
+    "Summary",
+    "find_events",
+    "is_collection",
+    "list_recordings",
+    "predict_files",
+    "scores_of",
+    "with_progress",
+]
 
 _CLIP_ERRORS = (AudioDecodeError, WaveformError, ModelFileError)
 """What one clip may fail with without ending the work on the others."""
@@ -34,6 +46,7 @@ class Request:
         window, hop: seconds of sliding windows, or None to score each recording whole.
         average: one answer per recording, the mean over its windows.
         embedding: keep the embedding.
+        events: how to find events, or None for the card's way.
     """
 
     top: int = 5
@@ -41,6 +54,7 @@ class Request:
     hop: float | None = None
     average: bool = False
     embedding: bool = False
+    events: EventOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -104,14 +118,78 @@ def _read_manifest(path: Path) -> list[Path]:
 def scores_of(classifier: TFAudioClassifier, source: Any, request: Request) -> Iterator[Prediction]:
     """Yield the prediction of a recording, or of each of its windows, or their mean, as ``request`` asks."""
     if request.window is None:
-        answers: Iterator[Prediction] = iter([classifier.predict(source)])
+        answers: Iterator[Prediction] = iter([classifier.predict(source, events=request.events)])
     else:
-        hop = request.window / 2 if request.hop is None else request.hop
-        answers = classifier.predict_windows(source, request.window, hop)
+        answers = classifier.predict_windows(source, request.window, _hop(request), events=request.events)
         if request.average:
             answers = iter([average_predictions(answers)])
     for answer in answers:
         yield answer if request.embedding else replace(answer, embedding=None)
+
+
+def _hop(request: Request) -> float:
+    assert request.window is not None
+    return request.window / 2 if request.hop is None else request.hop
+
+
+def with_progress(answers: Iterable[Prediction], source: Any) -> Iterator[Prediction]:
+    """Yield the windows of a recording, with a progress bar in seconds where standard error is a terminal."""
+    total = None if source is sys.stdin.buffer else probe_audio(source).duration
+    with tqdm(total=total and round(total), unit="s", unit_scale=True, file=sys.stderr, disable=None) as bar:
+        for answer in answers:
+            yield answer
+            bar.update(round(answer.end) - bar.n)
+
+
+def find_events(
+    classifier: TFAudioClassifier,
+    recordings: Sequence[Path],
+    output: str | Path,
+    request: Request,
+    *,
+    force: bool = False,
+) -> Summary:
+    """Write the events of many recordings to ``output``, completely or not at all; recordings that fail are left out.
+
+    Progress, and why a recording failed, are shown on standard error.
+
+    Args:
+        classifier: a model for event detection.
+        recordings: paths.
+        output: as :func:`models_zoo.event_files.write_events` takes it.
+        request: how to find events, and in which windows.
+        force: replace an existing file.
+
+    Raises:
+        CardError: the model is not for event detection.
+        DataError: several recordings for a label track.
+        OutputExistsError, OutputWriteError: the file cannot be written.
+    """
+    if classifier.card.task != "event_detection":
+        raise CardError(
+            f"{output} is to hold events, and model {classifier.card.name!r} is for {classifier.card.task}; use "
+            "a model for event_detection, or write a .csv or .jsonl",
+            field="task",
+        )
+    if Path(output).suffix.lower() == ".txt" and len(recordings) > 1:
+        raise DataError(f"{output}: a label track is of one recording, got {len(recordings)}; write a .tsv or a .json")
+    found: dict[str, tuple[Event, ...]] = {}
+    failed = 0
+    single = len(recordings) == 1
+    for recording in tqdm(recordings, unit="file", file=sys.stderr, disable=True if single else None):
+        name = os.fspath(recording)
+        try:
+            answers = scores_of(classifier, recording, request)
+            if single and request.window is not None:
+                answers = with_progress(answers, recording)
+            found[name] = tuple(event for answer in answers for event in answer.events or ())
+        except _CLIP_ERRORS as error:
+            if single:
+                raise
+            failed += 1
+            tqdm.write(f"crossfade: error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
+    write_events(output, found, force=force)
+    return Summary(total=len(recordings), failed=failed)
 
 
 def predict_files(

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from infer_tf.batch import Request
     from infer_tf.classifier import TFAudioClassifier
     from models_zoo.cards import ModelCard
-    from models_zoo.prediction import Prediction
+    from models_zoo.events import EventOptions
+    from models_zoo.prediction import Event, Prediction
     from models_zoo.specs import FrontendSpec
 
 __all__ = ["main"]
@@ -29,6 +31,17 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 _SHORTER = {"error": "else error", "zero": "else zeros", "repeat": "else repeated"}
 """What happens to a clip below the shortest, in a word."""
+
+
+_EVENT_OPTIONS = (
+    ("--threshold", "P", "a frame is active where its probability is greater"),
+    ("--median-filter", "S", "smooth scores by the running median of S seconds"),
+    ("--min-duration", "S", "drop shorter events"),
+    ("--merge-gap", "S", "join events of a class with a gap of at most S seconds"),
+)
+
+_TABLES = (".csv", ".jsonl")
+_EVENT_FILES = (".tsv", ".json", ".txt")
 
 
 class _UsageError(AudioClassifierError, ValueError):
@@ -98,7 +111,19 @@ def _parser() -> argparse.ArgumentParser:
         "--average", action="store_true", help="one answer per recording: the mean over its windows (with --window)"
     )
     predict.add_argument("--embedding", action="store_true", help="include the embedding in JSON and tables")
-    predict.add_argument("-o", "--output", type=_table, metavar="FILE", help="write a .csv or .jsonl table")
+    predict.add_argument(
+        "-o",
+        "--output",
+        type=_table,
+        metavar="FILE",
+        help="write a .csv or .jsonl table, or events: .tsv (DCASE's columns), .json, .txt (Audacity labels)",
+    )
+    events = predict.add_argument_group(
+        "events",
+        "of models for event detection; a number for all classes, or LABEL=NUMBER, several times; else the card's",
+    )
+    for option, metavar, text in _EVENT_OPTIONS:
+        events.add_argument(option, type=_per_class, action="append", metavar=metavar, help=text)
     predict.add_argument("--force", action="store_true", help="replace existing outputs")
     _add_runtime(predict)
     predict.set_defaults(run=_predict)
@@ -183,7 +208,30 @@ def _picture(text: str) -> Path:
 
 
 def _table(text: str) -> Path:
-    return _path_with_suffix(text, (".csv", ".jsonl"))
+    return _path_with_suffix(text, (*_TABLES, *_EVENT_FILES))
+
+
+def _per_class(text: str) -> tuple[str | None, float]:
+    """Return (label, number) of ``LABEL=NUMBER``, or (None, number) of a number for all."""
+    label, _, number = text.rpartition("=")
+    try:
+        return label or None, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r:.60}; expected a number, or LABEL=NUMBER") from None
+
+
+def _event_options(arguments: argparse.Namespace, labels: Sequence[str]) -> EventOptions | None:
+    """Return what the command line says about events, or None where it says nothing."""
+    from models_zoo.events import EventOptions
+
+    fields: dict[str, Any] = {}
+    for option, field in zip(_EVENT_OPTIONS, EventOptions.model_fields, strict=True):
+        given = getattr(arguments, option[0].removeprefix("--").replace("-", "_"))
+        if given:
+            for_all = dict(given).get(None)
+            by_label = {label: number for label, number in given if label is not None}
+            fields[field] = by_label if for_all is None else {**dict.fromkeys(labels, for_all), **by_label}
+    return EventOptions(**fields) if fields else None
 
 
 def _classifier(arguments: argparse.Namespace) -> TFAudioClassifier:
@@ -209,7 +257,7 @@ def _check_outputs(arguments: argparse.Namespace, *outputs: Path | None) -> None
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from infer_tf.batch import Request, is_collection, list_recordings, predict_files
+    from infer_tf.batch import Request, find_events, is_collection, list_recordings, predict_files
 
     for option in ("hop", "average"):
         if getattr(arguments, option) and arguments.window is None:
@@ -217,7 +265,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     request = Request(arguments.top, arguments.window, arguments.hop, arguments.average, arguments.embedding)
     collections = [name for name in arguments.inputs if is_collection(name)]
     if collections and arguments.output is None:
-        raise _UsageError(f"{collections[0]} is a folder or a manifest; add -o FILE.csv or -o FILE.jsonl")
+        raise _UsageError(f"{collections[0]} is a folder or a manifest; add -o FILE.csv, .jsonl or .tsv")
     if arguments.plot is not None and (len(arguments.inputs) > 1 or arguments.output is not None):
         raise _UsageError("--plot takes one recording, without -o")
     if arguments.output is not None and (arguments.json or "-" in arguments.inputs):
@@ -228,8 +276,10 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     if arguments.output is not None:
         recordings = list_recordings(arguments.inputs)
+        write = find_events if arguments.output.suffix.lower() in _EVENT_FILES else predict_files
         with _classifier(arguments) as classifier:
-            summary = predict_files(classifier, recordings, arguments.output, request, force=arguments.force)
+            request = replace(request, events=_event_options(arguments, classifier.labels))
+            summary = write(classifier, recordings, arguments.output, request, force=arguments.force)
         print(
             f"{summary.total - summary.failed} of {summary.total} recordings predicted, {summary.failed} failed; "
             f"wrote {arguments.output}",
@@ -238,6 +288,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         return 1 if summary.failed else 0
 
     with _classifier(arguments) as classifier:
+        request = replace(request, events=_event_options(arguments, classifier.labels))
         if arguments.plot is not None:
             _plot(arguments, classifier, request)
             return 0
@@ -291,16 +342,23 @@ def _plot(arguments: argparse.Namespace, classifier: TFAudioClassifier, request:
 def _print_scores(
     arguments: argparse.Namespace, classifier: TFAudioClassifier, source: Any, name: str, request: Request
 ) -> None:
-    from infer_tf.batch import scores_of
+    from infer_tf.batch import scores_of, with_progress
 
-    for prediction in scores_of(classifier, source, request):
+    answers = scores_of(classifier, source, request)
+    if request.window is not None and classifier.card.task == "event_detection":
+        answers = with_progress(answers, source)
+    for prediction in answers:
         _print_prediction(arguments, name, prediction, request)
 
 
 def _print_prediction(arguments: argparse.Namespace, name: str, prediction: Prediction, request: Request) -> None:
     if arguments.json:
-        print(json.dumps({"file": name, **prediction.to_dict(request.top)}), flush=request.window is not None)
+        _print(json.dumps({"file": name, **prediction.to_dict(request.top)}), flush=request.window is not None)
     elif request.window is not None and not request.average:
+        if prediction.events is not None:
+            for event in prediction.events:
+                _print(f"{name}  {_event_line(event)}", flush=True)
+            return
         best = ", ".join(f"{label} {value:.4f}" for label, _, value in prediction.top(request.top))
         print(f"{name}  {prediction.start:9.2f} s to {prediction.end:9.2f} s  {best}", flush=True)
     else:
@@ -308,8 +366,25 @@ def _print_prediction(arguments: argparse.Namespace, name: str, prediction: Pred
         width = max(len(label) for label, _, _ in prediction.top(request.top))
         for label, _, value in prediction.top(request.top):
             print(f"  {label:<{width}}  {value:.4f}  {'#' * round(40 * value)}".rstrip())
+        if prediction.events is not None:
+            print(f"  events: {len(prediction.events) or 'none'}")
+            for event in prediction.events:
+                print(f"  {_event_line(event)}")
         if prediction.embedding is not None:
             print(f"  embedding  {' '.join(f'{value:.6g}' for value in prediction.embedding)}")
+
+
+def _event_line(event: Event) -> str:
+    return f"{event.onset:9.3f} s to {event.offset:9.3f} s  {event.label}  {event.probability:.4f}"
+
+
+def _print(text: str, *, flush: bool) -> None:
+    """Print a line that does not run into a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stdout)
+    if flush:
+        sys.stdout.flush()
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

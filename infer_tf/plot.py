@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from models_zoo.errors import MissingDependencyError
 from models_zoo.files import replacing
 from models_zoo.filterbanks import mel_matrix
-from models_zoo.prediction import Prediction
+from models_zoo.prediction import Event, Prediction
+from models_zoo.segments import ScoreJoiner
 from models_zoo.specs import FrontendSpec
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def plot_prediction(
     """Write a picture of a clip's spectrogram with its scores.
 
     One prediction gives bars of its most probable classes; several (windows of a recording) give a map of
-    probability over time.
+    probability over time. Of a model for event detection, either gives a lane for each class: its frame scores in blue
+    and frames around its events.
 
     Args:
         path: where to; the suffix decides the format.
@@ -94,7 +96,7 @@ def plot_prediction(
         waveform: ``(num_samples,)`` float32 at the front end's rate.
         predictions: of the clip, or of its windows in order.
         title: above the picture.
-        top: classes shown.
+        top: classes shown; of events, those that have any, and the ``top`` most probable.
         force: replace an existing file.
 
     Raises:
@@ -103,7 +105,14 @@ def plot_prediction(
     """
     figure = require_matplotlib()(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(_plain(title))
-    if len(predictions) == 1:
+    if predictions[0].events is not None and predictions[0].frame_probabilities is not None:
+        scores, seconds = _joined_scores(predictions)
+        events = [event for prediction in predictions for event in prediction.events or ()]
+        lanes = _lanes(scores, events, predictions[0].labels, top)
+        figure.set_size_inches(11, 4.4 + 0.34 * len(lanes))
+        heard, answered = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 0.5 + 0.34 * len(lanes)])
+        _draw_lanes(figure, answered, scores, seconds, events, predictions[0].labels, lanes)
+    elif len(predictions) == 1:
         heard, answered = figure.subplots(1, 2, width_ratios=[2, 1])
         _draw_bars(answered, predictions[0], top)
     else:
@@ -153,6 +162,54 @@ def _draw_map(figure: Any, axes: Any, predictions: Sequence[Prediction], top: in
     axes.set_yticks(range(len(best)), [_short(predictions[0].labels[index]) for index in best])
     axes.set_xlabel("time (s)")
     axes.set_title("probability per window, drawn from its beginning", fontsize=10)
+    figure.colorbar(image, ax=axes, label="probability", pad=0.01)
+
+
+def _joined_scores(predictions: Sequence[Prediction]) -> tuple[NDArray[np.float32], float]:
+    """Return the frame scores of a clip or of windows, ``(num_classes, num_frames)``, and the seconds of a frame."""
+    joiner = ScoreJoiner()
+    seconds = 0.0
+    for prediction in predictions:
+        scores, times = prediction.frame_probabilities, prediction.frame_times
+        assert scores is not None
+        assert times is not None
+        seconds = seconds or (float(times[1] - times[0]) if len(times) > 1 else prediction.end - prediction.start)
+        joiner.add(round(prediction.start / seconds), scores)
+    return joiner.release(1 << 62), seconds
+
+
+def _lanes(scores: NDArray[np.float32], events: Sequence[Event], labels: Sequence[str], top: int) -> list[int]:
+    """Return the classes to show, in the model's order."""
+    best = np.argsort(-scores.max(axis=1), kind="stable")[:top].tolist()
+    found = {labels.index(event.label) for event in events}
+    return sorted(found | set(best))
+
+
+def _draw_lanes(
+    figure: Any,
+    axes: Any,
+    scores: NDArray[np.float32],
+    seconds: float,
+    events: Sequence[Event],
+    labels: Sequence[str],
+    lanes: Sequence[int],
+) -> None:
+    edges = np.arange(scores.shape[1] + 1) * seconds
+    rows = np.arange(len(lanes) + 1) - 0.5
+    image = axes.pcolormesh(edges, rows, scores[lanes], cmap="Blues", vmin=0, vmax=1)
+    for event in events:
+        axes.broken_barh(
+            [(event.onset, event.offset - event.onset)],
+            (lanes.index(labels.index(event.label)) - 0.36, 0.72),
+            facecolors="none",
+            edgecolors="#c8321e",
+            linewidth=1.6,
+        )
+    axes.hlines(rows[1:-1], 0, edges[-1], colors="#cccccc", linewidth=0.6)
+    axes.set_yticks(range(len(lanes)), [_short(labels[lane]) for lane in lanes])
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.set_xlabel("time (s)")
+    axes.set_title(f"frame scores and events ({len(events)})", fontsize=10)
     figure.colorbar(image, ax=axes, label="probability", pad=0.01)
 
 
