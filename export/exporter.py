@@ -23,6 +23,7 @@ from models_zoo.files import check_writable, replacing
 from models_zoo.labels import check_labels
 from train_torch.checkpoint import load_checkpoint
 from train_torch.models import Model, check_card, clip_form
+from train_torch.published_file import Weights
 
 __all__ = ["CHECKPOINT_KEY", "EXPORTER_KEY", "OPSETS", "OPSET_KEY", "export_checkpoint", "export_onnx"]
 
@@ -96,6 +97,7 @@ def export_checkpoint(
     name: str | None = None,
     labels_file: str | Path | None = None,
     exporter: Literal["torchscript", "dynamo"] | None = None,
+    weights: Weights | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> tuple[ModelCard, Verification]:
@@ -110,6 +112,7 @@ def export_checkpoint(
         labels_file: UTF-8 text, one class name per line in the model's order, for a card without labels; where the
             card has labels, they must be the same.
         exporter: None for the card's choice.
+        weights: ``student`` or ``teacher``, of a mean teacher's file; None for those the card's figures are of.
         force: replace an existing file.
 
     Raises:
@@ -120,7 +123,7 @@ def export_checkpoint(
     check_writable(path, force=force)
     labels = None if labels_file is None else _read_labels(Path(labels_file))
     num_classes = None if labels is None else len(labels)
-    loaded = load_checkpoint(checkpoint, model, num_classes=num_classes, checkpoints=checkpoints)
+    loaded = load_checkpoint(checkpoint, model, num_classes=num_classes, checkpoints=checkpoints, weights=weights)
     untrained = sorted(set(loaded.replaced) & set(loaded.model.state_dict()))
     if untrained:
         raise CheckpointError(
@@ -238,6 +241,10 @@ def _quiet_exporters() -> Iterator[None]:
         # torch announces that its TorchScript exporter is no longer the default; the card records why we choose it.
         warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based ONNX export", DeprecationWarning)
         warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning, r"torch\.onnx")
+        # True of a state given at the example's batch size; verification runs others.
+        warnings.filterwarnings("ignore", "Exporting a model to ONNX with a batch_size other than 1", UserWarning)
+        # torch's own checks of a recurrence's input, whose rank is always the same.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.nn\.(modules|utils)\.rnn")
         # torch.export copies a tree specification through a deprecated check of its own.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         registration.setLevel(logging.ERROR)  # "torchvision is not installed", which nothing here needs

@@ -42,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--name", help="name of the exported model (default: the card's)")
     parser.add_argument("--labels", metavar="FILE", help="class names, one per line, in the model's order")
+    parser.add_argument(
+        "--weights",
+        choices=("student", "teacher"),
+        help="of a mean teacher's file (default: those the card's figures are of)",
+    )
     parser.add_argument("--exporter", choices=("torchscript", "dynamo"), help="default: the card's choice")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     parser.add_argument("--quiet", action="store_true", help="no progress, which only a terminal gets")
@@ -60,6 +65,7 @@ def _export(arguments: argparse.Namespace) -> str:
         name=arguments.name,
         labels_file=arguments.labels,
         exporter=arguments.exporter,
+        weights=arguments.weights,
         force=arguments.force,
         progress=sys.stderr.isatty() and not arguments.quiet,
     )

@@ -36,6 +36,9 @@ with 1e8, and in float32 with something else each time, in torch itself as well;
 _POLE = 0.99
 """Of the first-order filter that colours the noise of :func:`example_inputs`."""
 
+_TOKENS = (5, 496)
+"""Fewest and most tokens of an encoder."""
+
 _SECONDS = (0.37, 1.003, 2.0, 5.31, 10.0, 30.0)
 _ONNX_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
 
@@ -98,7 +101,7 @@ def verify_onnx(
     path = Path(path)
     check_card(model, card)
     reference = copy.deepcopy(model).cpu().eval()
-    _check_self_contained(path)
+    _check_graph(path)
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no public base class
@@ -147,7 +150,9 @@ def verify_onnx(
 def _is_reproducible(model: nn.Module, inputs: dict[str, Tensor], answers: dict[str, Tensor]) -> bool:
     """Return whether ``model`` answers in float32 as it does in float64, so that anybody else could."""
     with torch.no_grad():
-        exact = copy.deepcopy(model).double()(**{name: tensor.double() for name, tensor in inputs.items()})
+        exact = copy.deepcopy(model).double()(
+            **{name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+        )
     return all(
         float((answer - exact[name]).abs().max()) <= TOLERANCE / 2 * max(1.0, float(exact[name].std(correction=0)))
         for name, answer in answers.items()
@@ -158,25 +163,43 @@ def example_inputs(card: ModelCard, num_samples: int, batch: int, *, loudness: f
     """Return inputs by name for ``(batch, num_samples)`` of seeded noise, each item half as loud as the one before.
 
     The noise falls by 6 dB per octave above 50 Hz at 32 kHz, as recordings do; ``loudness`` is the root of the mean
-    square of the first item.
+    square of the first item. Embeddings of an encoder are noise, of 5 to 496 tokens where their number is free. A mask
+    of the caller's is true from some place on, in each item from another, and nowhere in some.
 
     Raises:
-        ExportError: an input comes from neither the front end nor the waveform.
+        ExportError: an input is neither audio nor an embedding nor a mask.
     """
     noise = np.random.default_rng(num_samples).standard_normal((batch, num_samples))
     noise = signal.lfilter([1 - _POLE**2], [1, -_POLE], noise)
     noise *= loudness * 0.5 ** np.arange(batch)[:, None] / np.sqrt(1 - _POLE**2)
     waveform = torch.from_numpy(noise.clip(-1, 1).astype(np.float32))
     inputs = {}
+    rng = np.random.default_rng([num_samples, batch])
+    sizes = {"batch": batch, "tokens": int(rng.integers(*_TOKENS, endpoint=True))}
     for part in card.inputs:
         if part.source == "frontend" and card.frontend is not None:
             with torch.no_grad():
                 inputs[part.name] = TorchFrontend(card.frontend).eval()(waveform)
+            frames = card.frame_output()
+            time = inputs[part.name].shape[card.frontend.layout.split(" ").index("t")]
+            sizes["frames"] = time // (1 if frames is None else frames.hop)
         elif part.source == "waveform":
             inputs[part.name] = waveform
+        elif part.source == "encoder" or (part.source == "caller" and part.dtype == "bool"):
+            shape = [int(axis) if axis.isdecimal() else sizes[axis] for axis in part.axes]
+            drawn = _mask(rng, shape) if part.dtype == "bool" else rng.standard_normal(shape).astype(np.float32)
+            inputs[part.name] = torch.from_numpy(drawn)
         else:
-            raise ExportError(f"input {part.name!r} comes from {part.source!r}; export knows frontend and waveform")
+            raise ExportError(
+                f"input {part.name!r} comes from {part.source!r}; export knows audio, embeddings and masks"
+            )
     return inputs
+
+
+def _mask(rng: np.random.Generator, shape: Sequence[int]) -> NDArray[np.bool_]:
+    """Return a mask that is true at the end of its last axis, from a random place on that is never the first."""
+    first = rng.integers(1, shape[-1], shape[:-1], endpoint=True)
+    return np.arange(shape[-1]) >= first[..., None]
 
 
 def _cases(card: ModelCard, lengths: Sequence[int] | None, batches: Sequence[int] | None) -> Iterator[tuple[int, int]]:
@@ -187,9 +210,15 @@ def _cases(card: ModelCard, lengths: Sequence[int] | None, batches: Sequence[int
 
 
 def legal_lengths(card: ModelCard) -> list[int]:
-    """Return clip lengths in samples from the shortest legal one to 30 s, three at least where three are legal."""
+    """Return clip lengths in samples from the shortest legal one to 30 s, three at least where three are legal.
+
+    Where the card makes every clip as long as those of training, but the network takes any, longer ones stand in for
+    others: an axis that the exporter froze at the one length would go unnoticed.
+    """
     policy = card.length_policy
     step = policy.multiple_of
+    if policy.min == policy.max is not None and any("time" in part.axes for part in card.inputs):
+        return [policy.max * quarters // 4 // step * step for quarters in (4, 5, 7)]
     low = -(-card.min_samples // step) * step
     high = (policy.max or max(low, int(_SECONDS[-1] * card.sample_rate))) // step * step
     inside = [int(seconds * card.sample_rate) for seconds in _SECONDS if low < seconds * card.sample_rate < high]
@@ -197,8 +226,17 @@ def legal_lengths(card: ModelCard) -> list[int]:
     return sorted({num_samples // step * step for num_samples in wanted})
 
 
-def _check_self_contained(path: Path) -> None:
-    tensors = _tensors(onnx.load(path, load_external_data=False).graph)
+def _check_graph(path: Path) -> None:
+    """Refuse weights in a second file, and recurrences that reset their state after the product instead of before."""
+    graph = onnx.load(path, load_external_data=False).graph
+    for node in graph.node:
+        given = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type == "GRU" and given.get("linear_before_reset", 0) != 1:
+            raise VerificationError(
+                f"{path.name}: GRU {node.name!r} has linear_before_reset {given.get('linear_before_reset', 0)}; torch "
+                "computes with 1, and the other answers almost alike; export with another version of torch"
+            )
+    tensors = _tensors(graph)
     outside = [tensor.name for tensor in tensors if onnx.external_data_helper.uses_external_data(tensor)]
     if outside:
         raise VerificationError(f"{path.name} keeps weights in a second file ({outside[0]}, ...); expected one file")

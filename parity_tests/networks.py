@@ -44,7 +44,7 @@ CONTRACT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name in the contracts -> name and options for ``create_model``."""
 
 
-_PRESETS = {"efficientat": "efficientat", "mrms_mac": "mrms", "panns": "panns_32k"}
+_PRESETS = {"dcase_crnn": "dcase_2024", "efficientat": "efficientat", "mrms_mac": "mrms", "panns": "panns_32k"}
 """System of a network -> the front end whose features it takes."""
 
 
@@ -61,13 +61,17 @@ def noise_features(batch: int, frames: int, n_mels: int = 128, system: str = "ef
 
 
 def noise_inputs(model: nn.Module, batch: int, frames: int) -> dict[str, Tensor]:
-    """Return what ``model`` takes, by name, of the same noise."""
+    """Return what ``model`` takes, by name, of the same noise; 31 tokens where it takes embeddings, and no masks."""
     frontend = _frontend(model.system, model.declared.n_mels)
     made = {
         "frontend": noise_features(batch, frames, frontend.mel.n_mels, model.system),
         "waveform": _noise(batch, frames, frontend),
     }
-    return {part.name: made[part.source] for part in model.inputs}
+    for part in model.inputs:
+        if part.source == "encoder":
+            shape = (batch, *(int(axis) if axis.isdecimal() else 31 for axis in part.axes[1:]))
+            made["encoder"] = torch.randn(shape, generator=torch.Generator().manual_seed(frames))
+    return {part.name: made[part.source] for part in model.inputs if part.source != "caller"}
 
 
 def _noise(batch: int, frames: int, frontend: FrontendSpec) -> Tensor:

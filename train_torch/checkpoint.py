@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from train_torch.costs import count_costs
 from train_torch.download import fetch_checkpoint
 from train_torch.identify import likeness
 from train_torch.models import Model, check_card, create_from_card
+from train_torch.published_file import Weights, mean_teacher_weights, unpickled, without_profile
 from train_torch.published_frontend import without_frontend
 
 __all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -86,6 +85,7 @@ def load_checkpoint(
     labels: Sequence[str] | None = None,
     checkpoints: str | Path | None = None,
     container: str | None = None,
+    weights: Weights | None = None,
 ) -> Checkpoint:
     """Return the model in a checkpoint file, or the published model of a name.
 
@@ -103,6 +103,7 @@ def load_checkpoint(
         labels: class names in order; their number stands for ``num_classes``.
         checkpoints: folder with published files, see :func:`~train_torch.download.checkpoint_folder`.
         container: which entry of the file to take where it holds several sets of weights, e.g. ``ema``.
+        weights: ``student`` or ``teacher``, of a mean teacher's file; None for those the card's figures are of.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, corrupt, unsafe, without a card, or not fitting it.
@@ -117,12 +118,14 @@ def load_checkpoint(
         num_classes = len(labels)
     sha256 = _sniff(path)
     if path.suffix == ".safetensors":
+        if weights is not None:
+            raise CheckpointError(f"{path} holds one set of weights; leave weights={weights!r} out")
         state, own = _read_safetensors(path)
         if own is not None and given is not None and given != own:
             raise CheckpointError(f"{path} holds its own card, {own.name!r}, which differs from the one given; omit it")
         given = own or given
     else:
-        state = _read_published(path, given, sha256, container)
+        state = _read_published(path, given, sha256, container, weights)
         if given is not None and "warning" in given.provenance and published_as(path.name) != given.name:
             _log.warning("%s, taken as %r: %s", path, given.name, given.provenance["warning"])
     if given is None:
@@ -204,7 +207,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], ModelCard | None]:
         raise CheckpointError(f"{path} holds a card that cannot be read: {error}") from error
 
 
-def _read_published(path: Path, card: ModelCard | None, sha256: str, container: str | None) -> Mapping[str, Tensor]:
+def _read_published(
+    path: Path, card: ModelCard | None, sha256: str, container: str | None, weights: Weights | None
+) -> Mapping[str, Tensor]:
     source = None if card is None else card.checkpoint
     if source is not None:
         for algorithm, stated in (("sha256", source.sha256), ("md5", source.md5)):
@@ -214,24 +219,8 @@ def _read_published(path: Path, card: ModelCard | None, sha256: str, container: 
                     f"{path} is not the published {source.file}: its {algorithm} is {found}, not {stated}; download it "
                     f"again from {source.url}, or give a card without the hash if the file is your own"
                 )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, on how the file was pickled; what is inside is checked below
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged or hostile pickle fails in any way it likes; whatever it raises, the answer is the same.
-    except Exception as error:
-        # torch's own advice, to load it all the same, is for files one trusts.
-        stranger = re.search(r"GLOBAL (\S+)", str(error))
-        if stranger is not None:
-            raise CheckpointError(
-                f"{path} holds more than tensors: {stranger[1]}; unpickling that could run code, so it is refused. Get "
-                "a state_dict, torch.save(model.state_dict(), ...), from whoever made the file"
-            ) from error
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors; unpickling anything else could run code, so it is refused "
-            f"({type(error).__name__}: {reason}). Get the file again from its publisher"
-        ) from error
+    usual = None if card is None else card.provenance.get("weights")
+    loaded = mean_teacher_weights(path, unpickled(path), weights, usual)
     container = container or (None if source is None else source.container)
     if container is not None:
         if not isinstance(loaded, Mapping) or container not in loaded:
@@ -252,7 +241,7 @@ def _read_published(path: Path, card: ModelCard | None, sha256: str, container: 
         _log.info("%s: taking the weights under %r", path, inside[0])
         loaded = loaded[inside[0]]
     prefix = "" if source is None else source.prefix
-    return {key.removeprefix(prefix): value for key, value in loaded.items()}
+    return without_profile({key.removeprefix(prefix): value for key, value in loaded.items()})
 
 
 def _is_state(value: object) -> bool:

@@ -44,6 +44,7 @@ def likeness(state: Mapping[str, Tensor], model: Model, card: ModelCard) -> str:
     """
     # Names that stand for a width come first, so that they are preferred to the family's where both fit.
     names = sorted(list_architectures(), key=lambda name: not name[-1].isdecimal())
+    names = [name for name in names if _scores_classes(name)]
     best = max((_compared(name, {}, state) for name in names), key=lambda found: found.score)
     for _ in range(2):
         if best.score == 1:
@@ -75,6 +76,14 @@ def likeness(state: Mapping[str, Tensor], model: Model, card: ModelCard) -> str:
     cards = [name for name in list_models() if _describes(name, best, named)]
     hint = f" (cards like that: {', '.join(cards[:4])}{', ...' if len(cards) > 4 else ''})" if cards else ""
     return f"by its shapes the file is {found}{hint}; {asked}"
+
+
+def _scores_classes(name: str) -> bool:
+    """Return whether an architecture has a number of classes; one that only learns to fill gaps has none."""
+    with suppress(CardError):
+        _built(name, _CLASSES)
+        return True
+    return False
 
 
 def _is_twin(name: str, best: _Candidate, state: Mapping[str, Tensor]) -> bool:

@@ -1,8 +1,9 @@
 """The front end inside a published file: compared with ours, then left out.
 
 PANNs files hold what their front end computes with: the DFT as convolution kernels, with the window in them, and the
-mel matrix. None of it was learned, and our modules have no such parameters, but they say which front end the weights
-were trained behind. A file whose front end is not the card's is refused.
+mel matrix; files of the DCASE baselines hold the window and the mel matrix, and, where the scaler was fitted to a data
+set, the means it found. None of it was learned, and our modules have no such parameters, but they say which front end
+the weights were trained behind. A file whose front end is not the card's is refused.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ ones, of the mel matrix 0."""
 _REAL = "spectrogram_extractor.stft.conv_real.weight"
 _IMAGINARY = "spectrogram_extractor.stft.conv_imag.weight"
 _MEL = "logmel_extractor.melW"
+_WINDOW = "mel_spec.spectrogram.window"
+_MEL_BANK = "mel_spec.mel_scale.fb"
+
+_TABLES = (_REAL, _IMAGINARY, _MEL, _WINDOW, _MEL_BANK)
+
+_SCALER = ("scaler.mean", "scaler.mean_squared")
+_SCALER_EPS = 1e-8
 
 
 def without_frontend(path: Path, state: Mapping[str, Tensor], card: ModelCard) -> dict[str, Tensor]:
@@ -41,7 +49,8 @@ def without_frontend(path: Path, state: Mapping[str, Tensor], card: ModelCard) -
     Raises:
         CheckpointError: they are those of another front end.
     """
-    kept = {key: tensor for key, tensor in state.items() if not key.endswith((_REAL, _IMAGINARY, _MEL))}
+    state = _without_scaler(path, state, card)
+    kept = {key: tensor for key, tensor in state.items() if not key.endswith(_TABLES)}
     found = {key: tensor for key, tensor in state.items() if key not in kept}
     if not found or card.frontend is None:
         return kept
@@ -78,4 +87,35 @@ def _tables(spec: FrontendSpec) -> dict[str, NDArray[np.float64]]:
         _REAL: (np.cos(angles) * window)[:, None],
         _IMAGINARY: (-np.sin(angles) * window)[:, None],
         _MEL: mel_matrix(spec.mel, n_fft, spec.sample_rate).astype(np.float64),
+        _WINDOW: values.astype(np.float64),
+        _MEL_BANK: mel_matrix(spec.mel, n_fft, spec.sample_rate).astype(np.float64),
     }
+
+
+def _without_scaler(path: Path, state: Mapping[str, Tensor], card: ModelCard) -> dict[str, Tensor]:
+    """Return ``state`` without the statistics of a data set, once they are seen to be those of ``card.frontend``.
+
+    The published scaler keeps M, the mean of the data set, and Q, that of the squares, and computes x - M (``mean``) or
+    (x - M) / (sqrt(Q - M^2) + eps) (``standard``): an affine of the front end, without statistics of the clip.
+    """
+    kept = {key: tensor for key, tensor in state.items() if key not in _SCALER}
+    if len(kept) == len(state) or card.frontend is None:
+        return kept
+    if any(key not in state or state[key].numel() != 1 for key in _SCALER):
+        raise CheckpointError(
+            f"{path} was trained behind a scaler with a value for each mel band (or half of one), which no front end "
+            "here describes; scale per band outside, or train with one value for all"
+        )
+    mean, square = (float(state[key].double()) for key in _SCALER)
+    spread = float(np.sqrt(square - mean**2)) + _SCALER_EPS
+    affine = card.frontend.affine
+    stated = affine is not None and card.frontend.statistics is None and affine.ramp is None
+    if not stated or not any(
+        np.allclose((affine.shift, affine.scale), (-mean, scale), rtol=TOLERANCE, atol=0) for scale in (1.0, spread)
+    ):
+        raise CheckpointError(
+            f"{path} was trained behind statistics of its data set, which card {card.name!r} does not state; give its "
+            f"front end no statistics and Affine(shift={-mean!r}, scale={spread!r}) where it divided by the deviation, "
+            "scale=1.0 where not"
+        )
+    return kept

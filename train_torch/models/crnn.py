@@ -45,7 +45,6 @@ class Spans(Declaration):
 
     def hide(self, x: Tensor, axis: int) -> Tensor:
         """Return ``x`` with its spans along ``axis``, 1 or 2 of three, set to 0."""
-        # torchaudio knows no share of 0 or 1 in these senses.
         most = min(self.most, int(x.shape[axis] * self.share))
         return mask_along_axis_iid(x, most, 0.0, axis) if most else x
 
@@ -143,6 +142,12 @@ class CRNNOptions(Declaration):
                 f"pools: {self.n_mels} mel bands end as {bands}; the recurrent part takes 1; choose pools along mel "
                 "that leave it",
                 field="pools",
+            )
+        if "pad_mask" in self.masks and not self.attention and self.padding == "published":
+            raise CardError(
+                "masks: 'pad_mask' changes nothing here: as published it hides attention, and this has none; choose "
+                "padding 'removed'",
+                field="masks",
             )
         shifted = any(stride != 1 or 2 * pad != kernel - 1 for kernel, stride, pad in self.convolutions)
         if self.padding == "removed" and shifted:
