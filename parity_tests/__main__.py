@@ -23,8 +23,12 @@ def parser() -> argparse.ArgumentParser:
         "recordings, from the file to the decision, and name the first stage that departs.",
         epilog="Exit code: 0 they agree, 1 they do not, 2 bad usage.",
     )
-    arguments.add_argument("--onnx", required=True, help="exported model, or the name of a shipped one")
-    arguments.add_argument("--checkpoint", type=Path, required=True, help="the .safetensors it was exported from")
+    arguments.add_argument(
+        "--onnx", required=True, nargs="+", help="exported model, or the name of a shipped one; several answer together"
+    )
+    arguments.add_argument(
+        "--checkpoint", type=Path, required=True, nargs="+", help="the .safetensors it was exported from, or they were"
+    )
     arguments.add_argument("--data", type=Path, required=True, help="labelled folder")
     arguments.add_argument("--split", choices=("train", "validation", "test"), help="keep this split only")
     arguments.add_argument("--limit", type=_count, help="compare at most this many clips, evenly spaced")
@@ -41,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     from models_zoo.errors import AudioClassifierError
     from parity_tests.parity import run_parity
 
+    onnx, checkpoint = (given[0] if len(given) == 1 else given for given in (options.onnx, options.checkpoint))
     try:
-        report = run_parity(options.onnx, options.checkpoint, options.data, split=options.split, limit=options.limit)
+        report = run_parity(onnx, checkpoint, options.data, split=options.split, limit=options.limit)
     except AudioClassifierError as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from tqdm import tqdm
 from infer_tf import TFAudioClassifier
 from models_zoo.audio import load_audio
 from models_zoo.cards import ModelCard
-from models_zoo.dataset import read_dataset
+from models_zoo.dataset import Dataset, Record, read_dataset
 from models_zoo.decoding import decode, legal_segments
 from models_zoo.errors import AudioClassifierError, CardError
 from models_zoo.filterbanks import analysis_tables
+from models_zoo.metrics import kl_divergence
 from models_zoo.prediction import Prediction
 from models_zoo.reference import ReferenceFrontend
 from models_zoo.specs import STAGES, FrontendSpec
@@ -31,6 +32,7 @@ from parity_tests.feature_rule import FeatureDifference, Levels, difference_by_l
 from parity_tests.tolerances import FeatureLimit
 from train_torch.checkpoint import load_checkpoint
 from train_torch.frontend import TorchFrontend, network_inputs
+from train_torch.models.ensemble import combine
 
 __all__ = ["ParityReport", "StageReport", "TorchPath", "compare_stages", "run_parity"]
 
@@ -75,6 +77,7 @@ class ParityReport:
         changed: (clip, torch decision, production decision) where they differ.
         accuracy: (torch, production) share of right decisions, None without labels or for other tasks.
         unreadable: clips that neither path could read, with the reason.
+        divergence: (torch, production) mean KL divergence of a model of distributions, on clips of known weights.
     """
 
     stages: list[StageReport]
@@ -82,6 +85,7 @@ class ParityReport:
     changed: list[tuple[str, str, str]]
     accuracy: tuple[float, float] | None
     unreadable: list[tuple[str, str]]
+    divergence: tuple[float, float] | None = None
 
     @property
     def first_failure(self) -> StageReport | None:
@@ -101,9 +105,8 @@ class ParityReport:
             "num_clips": self.num_clips,
             "first_failure": failure.stage if failure else None,
             "changed_decisions": [dict(zip(("clip", "torch", "production"), row, strict=True)) for row in self.changed],
-            "accuracy": None
-            if self.accuracy is None
-            else dict(zip(("torch", "production"), self.accuracy, strict=True)),
+            "accuracy": _both(self.accuracy),
+            "divergence": _both(self.divergence),
             "unreadable": [dict(zip(("clip", "reason"), row, strict=True)) for row in self.unreadable],
             # JSON has no infinity: a stage that cannot be measured, e.g. for its shape, has no number.
             "stages": [{**vars(stage), "worst": _finite(stage.worst)} for stage in self.stages],
@@ -118,6 +121,8 @@ class ParityReport:
         lines.append(f"{self.num_clips} clips, {len(self.changed)} changed decisions")
         if self.accuracy is not None:
             lines.append(f"accuracy: torch {self.accuracy[0]:.4f}, production {self.accuracy[1]:.4f}")
+        if self.divergence is not None:
+            lines.append(f"KL divergence: torch {self.divergence[0]:.6f}, production {self.divergence[1]:.6f}")
         lines += [
             f"  changed: {clip}: torch {torch_says}, production {tf_says}"
             for clip, torch_says, tf_says in self.changed[:10]
@@ -133,13 +138,19 @@ class ParityReport:
 
 
 class TorchPath:
-    """The research side: checkpoint -> TorchFrontend -> module, with the card's own length policy and activation."""
+    """The research side: checkpoint -> TorchFrontend -> module, with the card's own length policy and activation.
 
-    def __init__(self, checkpoint: str | Path) -> None:
-        loaded = load_checkpoint(checkpoint)
-        self.card: ModelCard = loaded.card
-        self.spec = _frontend_of(loaded.card)
-        self.model = loaded.model.eval()
+    Of several checkpoints, the mean of their probabilities.
+    """
+
+    def __init__(self, checkpoint: str | Path | Sequence[str | Path]) -> None:
+        if isinstance(checkpoint, (str, Path)):
+            loaded = load_checkpoint(checkpoint)
+            model, self.card = loaded.model, loaded.card
+        else:
+            model, self.card = combine(checkpoint)
+        self.spec = _frontend_of(self.card)
+        self.model = model.eval()
         self.frontend = TorchFrontend(self.spec).eval()
 
     def outputs(self, waveform: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
@@ -263,8 +274,8 @@ def _worst_part(difference: FeatureDifference, limit: FeatureLimit, unit: str) -
 
 
 def run_parity(
-    onnx: str | Path,
-    checkpoint: str | Path,
+    onnx: str | Path | Sequence[str | Path],
+    checkpoint: str | Path | Sequence[str | Path],
     data: str | Path,
     *,
     split: str | None = None,
@@ -274,8 +285,8 @@ def run_parity(
     """Return how far production departs from research on a folder of recordings, from the file to the decision.
 
     Args:
-        onnx: exported model, or the name of a shipped one.
-        checkpoint: the ``.safetensors`` it came from.
+        onnx: exported model, or the name of a shipped one; or several, which answer together.
+        checkpoint: the ``.safetensors`` it came from; or several, the mean of whose probabilities is compared.
         data: labelled folder (see DESIGN.md section 5); labels that the model does not know are not scored.
         split: keep this split only.
         limit: compare at most this many clips, evenly spaced over the folder.
@@ -292,15 +303,15 @@ def run_parity(
     if limit is not None and len(records) > limit:
         records = [records[round(i)] for i in np.linspace(0, len(records) - 1, limit)]
     with TFAudioClassifier(onnx, threads=1) as production:
-        return _run(research, production, records, progress)
+        return _run(research, production, replace(dataset, records=tuple(records)), progress)
 
 
-def _run(research: TorchPath, production: TFAudioClassifier, records: Sequence[Any], progress: bool) -> ParityReport:
+def _run(research: TorchPath, production: TFAudioClassifier, dataset: Dataset, progress: bool) -> ParityReport:
     reports = {name: StageReport(name) for name in ("decode", *STAGES, "logits", "probabilities", "decisions")}
     limit = tolerances.paths_limit(research.spec)
-    rows: list[tuple[str, Prediction, Prediction, tuple[str, ...]]] = []
+    rows: list[tuple[str, Prediction, Prediction, Record]] = []
     unreadable = []
-    for record in tqdm(records, desc="parity", unit="clip", disable=not progress):
+    for record in tqdm(dataset.records, desc="parity", unit="clip", disable=not progress):
         clip = str(record.file)
         try:
             waveform = load_audio(record.file, research.spec)
@@ -315,9 +326,17 @@ def _run(research: TorchPath, production: TFAudioClassifier, records: Sequence[A
         except AudioClassifierError as error:
             reports["decode"].add(clip, np.inf, f"production refuses it: {error}")
             continue
-        rows.append((clip, torch_says, tf_says, record.labels))
+        rows.append((clip, torch_says, tf_says, record))
     changed = _score(rows, research.card, reports)
-    return ParityReport(list(reports.values()), len(rows), changed, _accuracy(rows, research.card), unreadable)
+    distributed = research.card.task == "label_distribution"
+    return ParityReport(
+        list(reports.values()),
+        len(rows),
+        changed,
+        None if distributed else _accuracy(rows, research.card),
+        unreadable,
+        _divergence(rows, research.card, dataset) if distributed else None,
+    )
 
 
 def _seams(
@@ -343,8 +362,12 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
+def _both(pair: tuple[float, float] | None) -> dict[str, float] | None:
+    return None if pair is None else dict(zip(("torch", "production"), pair, strict=True))
+
+
 def _score(
-    rows: list[tuple[str, Prediction, Prediction, tuple[str, ...]]], card: ModelCard, reports: dict[str, StageReport]
+    rows: list[tuple[str, Prediction, Prediction, Record]], card: ModelCard, reports: dict[str, StageReport]
 ) -> list[tuple[str, str, str]]:
     """Fill in the seams after the network, and return the changed decisions."""
     changed = []
@@ -391,12 +414,29 @@ def _decision(prediction: Prediction, card: ModelCard) -> tuple[str, ...]:
     )
 
 
-def _accuracy(
-    rows: Iterable[tuple[str, Prediction, Prediction, tuple[str, ...]]], card: ModelCard
+def _divergence(
+    rows: Iterable[tuple[str, Prediction, Prediction, Record]], card: ModelCard, dataset: Dataset
 ) -> tuple[float, float] | None:
     known = set(card.labels or ())
-    scored = [row for row in rows if set(row[3]) <= known and row[3]]
+    scored = [row for row in rows if set(row[3].labels) <= known and (row[3].weights or len(row[3].labels) == 1)]
+    if not scored or card.labels is None:
+        return None
+    records = tuple(row[3] for row in scored)
+    truth = replace(dataset, records=records, labels=card.labels).distributions()
+    by_torch, by_production = (
+        float(kl_divergence(truth, np.stack([row[place].probabilities for row in scored])).mean()) for place in (1, 2)
+    )
+    return by_torch, by_production
+
+
+def _accuracy(
+    rows: Iterable[tuple[str, Prediction, Prediction, Record]], card: ModelCard
+) -> tuple[float, float] | None:
+    known = set(card.labels or ())
+    scored = [row for row in rows if set(row[3].labels) <= known and row[3].labels]
     if card.task == "embedding" or not scored:
         return None
-    right = np.array([[set(_decision(says, card)) == set(labels) for says in pair] for _, *pair, labels in scored])
+    right = np.array(
+        [[set(_decision(says, card)) == set(record.labels) for says in pair] for _, *pair, record in scored]
+    )
     return float(right[:, 0].mean()), float(right[:, 1].mean())

@@ -224,6 +224,10 @@ class Classifier(lightning.LightningModule):
         if self.teacher is not None:
             self.teacher.to(self.device)
 
+    def on_fit_end(self) -> None:
+        """Give back the memory of features."""
+        self._kept.clear()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note whose answers the state was trained on."""
         checkpoint["teacher"] = None if self.teacher is None else self.teacher.origin

@@ -30,6 +30,10 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._clips)
 
+    def clear(self) -> None:
+        """Forget all features, e.g. once training has ended: Lightning holds on to its module for longer."""
+        self._clips.clear()
+
     def features(self, batch: Batch) -> Tensor | None:
         """Return ``(batch, windows, T, n_mels)`` to go on from, or None where the front end has to begin afresh.
 

@@ -133,11 +133,15 @@ def runs_of(recipe, mixtures, folder):
         torch.testing.assert_close(value, weights[1][key], atol=1e-3, rtol=1e-3)
 
 
-def test_a_run_ends_alike_and_computes_its_clips_once(mixtures, tmp_path, computed):
+def test_a_run_ends_alike_and_computes_its_clips_once(mixtures, tmp_path, computed, monkeypatch):
+    caches, clear = [], FeatureCache.clear
+    monkeypatch.setattr(FeatureCache, "clear", lambda self: (caches.append((self, len(self))), clear(self)))
     runs_of(TINY, mixtures, tmp_path)
     # Each epoch one batch of 8 of the 14 training clips, and 2 for validation; 2 to report on.
     without, most = 3 * (8 + 2) + 2, 14 + 2 + 2
     assert without < sum(computed) <= without + most
+    assert [kept > 0 for _, kept in caches] == [False, True]
+    assert not any(len(cache) for cache, _ in caches), "memory is given back"
 
 
 def test_crops_are_not_kept(mixtures, tmp_path, computed):
