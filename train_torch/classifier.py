@@ -220,7 +220,8 @@ class Classifier(lightning.LightningModule):
         self._set_temperature(self.current_epoch)
 
     def on_fit_start(self) -> None:
-        """Take the teacher along to where the model is."""
+        """Take the teacher along to where the model is, and find the hooks' places in the model as it now is."""
+        self._hooks.attach()
         if self.teacher is not None:
             self.teacher.to(self.device)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from models_zoo.errors import SpecError
 from train_torch.frontend import Mixing, PairMixing, SpecMasks, masked
@@ -38,6 +39,8 @@ class NetworkHooks:
         self._model = model
         self._masks = masks
         self._mixing: Mixing | PairMixing | None = None
+        self._places: list[tuple[str, Any]] = []
+        self._handles: list[RemovableHandle] = []
         for wanted, places, hook, field in (
             (masks is not None, "masked_at", self._mask, "masks_at"),
             (mixes, "mixed_at", self._mix, "mixup_at"),
@@ -51,8 +54,14 @@ class NetworkHooks:
                     "with features have, other networks take it at 'features'",
                     field=f"augmentation.{field}",
                 )
-            for name in names:
-                model.get_submodule(name).register_forward_hook(hook)
+            self._places += [(name, hook) for name in names]
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks where they belong, again where parts have been replaced since (by norms that synchronise)."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [self._model.get_submodule(name).register_forward_hook(hook) for name, hook in self._places]
 
     @contextmanager
     def mixing(self, mixing: Mixing | PairMixing | None) -> Iterator[None]:

@@ -216,6 +216,18 @@ def test_hooks_leave_names_answers_and_traces_alone():
         assert torch.equal(answer, plain.eval()(**inputs)["logits"])
 
 
+def test_hooks_survive_that_norms_are_replaced():
+    """Several GPUs synchronise their norms: other modules under the same names, put there before the fit begins."""
+    model, _, classifier = made("cnn6", PUBLISHED)
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(model.bn0, torch.nn.SyncBatchNorm)
+    mixing = PairMixing(torch.full((COUNT,), 0.5))
+    assert len(classifier.outputs(waveforms(), mixing)[0]) == 2 * COUNT, "lost with the norm"
+    for _ in range(2):
+        classifier.on_fit_start()
+        assert len(classifier.outputs(waveforms(), mixing)[0]) == COUNT, "found again, once"
+
+
 def test_a_draw_ends_with_its_step():
     _, seen, classifier = made("cnn6", PUBLISHED)
     classifier.outputs(waveforms(), PairMixing(torch.full((COUNT,), 0.5)))
