@@ -22,9 +22,10 @@ from models_zoo.cards import ModelCard
 from models_zoo.dataset import Dataset, Record, read_dataset
 from models_zoo.decoding import decode, legal_segments
 from models_zoo.errors import AudioClassifierError, CardError
+from models_zoo.events import EventOptions, FrameGrid, filter_scores
 from models_zoo.filterbanks import analysis_tables
 from models_zoo.metrics import kl_divergence
-from models_zoo.prediction import Prediction
+from models_zoo.prediction import Event, Prediction
 from models_zoo.reference import ReferenceFrontend
 from models_zoo.specs import STAGES, FrontendSpec
 from parity_tests import tolerances
@@ -162,7 +163,8 @@ class TorchPath:
 
     def predict(self, waveform: NDArray[np.float32]) -> Prediction:
         """Return the answer for ``(num_samples,)`` float32."""
-        return decode(self.card, self.outputs(waveform))
+        events = EventOptions() if self.card.task == "event_detection" else None
+        return decode(self.card, self.outputs(waveform), end=len(waveform) / self.spec.sample_rate, events=events)
 
 
 def _frontend_of(card: ModelCard) -> FrontendSpec:
@@ -307,7 +309,8 @@ def run_parity(
 
 
 def _run(research: TorchPath, production: TFAudioClassifier, dataset: Dataset, progress: bool) -> ParityReport:
-    reports = {name: StageReport(name) for name in ("decode", *STAGES, "logits", "probabilities", "decisions")}
+    after = ("events",) if research.card.task == "event_detection" else ()
+    reports = {name: StageReport(name) for name in ("decode", *STAGES, "logits", "probabilities", "decisions", *after)}
     limit = tolerances.paths_limit(research.spec)
     rows: list[tuple[str, Prediction, Prediction, Record]] = []
     unreadable = []
@@ -389,7 +392,49 @@ def _score(
         reports["decisions"].add(clip, 0.0 if same else np.inf, "equal" if same else "changed")
         if not same:
             changed.append((clip, ";".join(decisions[0]), ";".join(decisions[1])))
+        if "events" in reports:
+            ratio, detail, only = _compare_events(torch_says, tf_says, card)
+            reports["events"].add(clip, ratio, detail)
+            if any(only):
+                changed.append((clip, *(", ".join(map(_shown, events)) or "nothing more" for events in only)))
     return changed
+
+
+def _compare_events(
+    torch_says: Prediction, tf_says: Prediction, card: ModelCard
+) -> tuple[float, str, tuple[list[Event], list[Event]]]:
+    """Return (difference / limit, detail, events that only the one and only the other found) of one clip.
+
+    Events may differ where a score lies within twice the difference of the clip's scores of its threshold: nothing but
+    rounding then decides which side it is on.
+    """
+    found = [prediction.events or () for prediction in (torch_says, tf_says)]
+    known = [{(one.label, one.onset, one.offset) for one in events} for events in found]
+    only = (
+        [one for one in found[0] if (one.label, one.onset, one.offset) not in known[1]],
+        [one for one in found[1] if (one.label, one.onset, one.offset) not in known[0]],
+    )
+    if not any(only):
+        return 0.0, "equal", only
+    apart = _apart(torch_says.frame_probabilities, tf_says.frame_probabilities)
+    ours, theirs = torch_says.frame_probabilities, tf_says.frame_probabilities
+    if ours is None or theirs is None or not 0 < apart < math.inf:
+        return math.inf, f"{len(only[0])} and {len(only[1])} events differ, by no difference in score", only
+    options = EventOptions.of(card)
+    lengths = options.median_frames(torch_says.labels, FrameGrid.of(card))
+    thresholds = np.array(options.per_class("thresholds", torch_says.labels))[:, None]
+    ours, theirs = filter_scores(ours, lengths), filter_scores(theirs, lengths)
+    flipped = (ours > thresholds) != (theirs > thresholds)
+    furthest = float(np.abs(ours - thresholds)[flipped].max(initial=0.0)) if flipped.any() else math.inf
+    return (
+        furthest / (2 * apart),
+        f"{flipped.sum()} frames differ, at most {furthest:.1e} from their thresholds; scores differ by {apart:.1e}",
+        only,
+    )
+
+
+def _shown(event: Event) -> str:
+    return f"{event.label} {event.onset:.3f} to {event.offset:.3f} s"
 
 
 def _apart(one: NDArray[np.float32] | None, other: NDArray[np.float32] | None) -> float:
@@ -403,8 +448,8 @@ def _ratio(value: float, limit: float) -> float:
 
 
 def _decision(prediction: Prediction, card: ModelCard) -> tuple[str, ...]:
-    """What a user is told: the best class, or for multi-label tasks every class above its threshold."""
-    if card.task != "multi_label":
+    """What a user is told: the best class, or for tasks with several every class above its threshold."""
+    if card.task not in ("multi_label", "event_detection"):
         return (prediction.label,)
     thresholds = card.thresholds or {}
     return tuple(
