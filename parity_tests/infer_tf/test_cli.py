@@ -256,7 +256,7 @@ BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     "max seconds": (["predict", "MODEL", "clip.wav", "--max-seconds", "0.2"], "max_seconds"),
     "folder without output": (["predict", "MODEL", "folder"], "add -o FILE.csv"),
     "folder of nothing": (["predict", "MODEL", "folder", "-o", "x.csv"], "no recordings in this folder"),
-    "output of another kind": (["predict", "MODEL", "clip.wav", "-o", "x.txt"], "ending in .csv or .jsonl"),
+    "output of another kind": (["predict", "MODEL", "clip.wav", "-o", "x.doc"], "ending in .csv or .jsonl or .tsv"),
     "output is an input": (["predict", "MODEL", "list.csv", "-o", "list.csv", "--force"], "also an input"),
     "output exists": (["predict", "MODEL", "clip.wav", "-o", "list.csv"], "exists; pass --force"),
     "output in a file": (["predict", "MODEL", "clip.wav", "-o", "text.wav/x.csv"], "text.wav"),
