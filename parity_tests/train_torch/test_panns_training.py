@@ -20,7 +20,7 @@ from train_torch.losses import clip_loss
 from train_torch.models import _ARCHITECTURES, create_model, list_architectures
 from train_torch.models.panns import PannsNetwork
 from train_torch.optim import configure, factor_at
-from train_torch.recipes import Augmentation, DistillationRecipe, LossRecipe, Recipe, get_recipe
+from train_torch.recipes import Augmentation, DistillationRecipe, LossRecipe, Recipe, SamplingRecipe, get_recipe
 from train_torch.train import fit
 
 WIDTH = 0.05
@@ -258,6 +258,33 @@ def test_a_run_from_clips_to_a_checkpoint(sounds, tmp_path, name, task):
     assert loaded.card.metrics["test_d_prime"] == report["test"]["metrics"]["d_prime"]
     again = evaluate(tmp_path / "run" / "model.safetensors", sounds, split="test", progress=False)
     assert again.metrics()["mean_roc_auc"] == pytest.approx(report["test"]["metrics"]["mean_roc_auc"])
+
+
+def test_a_resumed_run_draws_masks_and_mixes_as_an_uninterrupted_one(sounds, tmp_path, monkeypatch):
+    recipe = TINY.replace(
+        model="cnn6",
+        model_options={"width": WIDTH},
+        epochs=2,
+        sampling=SamplingRecipe(kind="alternating", clips_per_epoch=12),
+        augmentation=PAIRS.replace(masks=(4, 8), masks_at="norm"),
+    )
+    fit(sounds, tmp_path / "whole", recipe, progress=False)
+
+    step = Classifier.training_step
+
+    def killed(self, *arguments):
+        if self.global_step == 4:  # the second of the second epoch
+            raise RuntimeError("killed")
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(sounds, tmp_path / "killed", recipe, progress=False)
+    fit(sounds, tmp_path / "killed", recipe, progress=False, resume=True)
+    whole, resumed = (load_checkpoint(tmp_path / run / "last.safetensors").model for run in ("whole", "killed"))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
 
 
 def test_a_cnn14_becomes_the_frozen_base_and_is_then_trained_whole(sounds, base, tmp_path):
