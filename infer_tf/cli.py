@@ -175,6 +175,9 @@ def _version() -> str:
 
 def _add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--encoder", metavar="MODEL", help="the model that computes the embeddings MODEL takes beside audio"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the network (default: one per core)")
     parser.add_argument(
         "--max-seconds", type=_seconds, default=600.0, metavar="S", help="longest recording read whole (default 600)"
@@ -240,7 +243,13 @@ def _classifier(arguments: argparse.Namespace) -> TFAudioClassifier:
     models = arguments.model
     # One folder stands for the models in it, one in a list for itself.
     model = models[0] if isinstance(models, list) and len(models) == 1 else models
-    return TFAudioClassifier(model, arguments.device, arguments.threads, max_seconds=arguments.max_seconds)
+    return TFAudioClassifier(
+        model,
+        arguments.device,
+        arguments.threads,
+        max_seconds=arguments.max_seconds,
+        encoder=arguments.encoder,
+    )
 
 
 def _check_outputs(arguments: argparse.Namespace, *outputs: Path | None) -> None:
@@ -503,6 +512,7 @@ def _card_rows(card: ModelCard, graph: Sequence[tuple[str, str]]) -> list[tuple[
         *graph,
         *_frontend_rows(card),
         *((name.replace("_", " "), text) for name, text in _length_rows(card)),
+        *_event_rows(card),
         ("parameters", "not stated" if card.parameters is None else f"{card.parameters:,}"),
         ("10 s clip", "not stated" if card.macs is None else f"{card.macs:,} multiply-accumulates in the network"),
         *((f"metric {name}", f"{value:g}") for name, value in card.metrics.items()),
@@ -535,6 +545,23 @@ def _frontend_rows(card: ModelCard) -> list[tuple[str, str]]:
         ),
         ("mel", f"{spec.mel.n_mels} bands, {spec.mel.f_min:g} to {spec.mel.f_max:g} Hz, {spec.mel.scale}"),
         ("features", f"axes {spec.layout}"),
+    ]
+
+
+def _event_rows(card: ModelCard) -> list[tuple[str, str]]:
+    if card.task != "event_detection" or card.labels is None or card.frame_output() is None:
+        return []
+    from models_zoo.events import EventOptions, FrameGrid
+
+    options = EventOptions.of(card)
+    numbers = {
+        field: sorted({f"{number:g}" for number in options.per_class(field, card.labels)}, key=float)
+        for field in ("thresholds", "median_filters")
+    }
+    return [
+        ("frames", f"a score every {FrameGrid.of(card).seconds:g} s"),
+        ("thresholds", ", ".join(numbers["thresholds"])),
+        ("median filters", ", ".join(f"{number} s" for number in numbers["median_filters"])),
     ]
 
 

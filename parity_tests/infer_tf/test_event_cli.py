@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pytest
 import soundfile
+from tqdm import tqdm
 
-from infer_tf import TFAudioClassifier, cli, plot
+from infer_tf import TFAudioClassifier, batch, cli, plot
 from models_zoo.event_files import EVENT_SUFFIXES, read_events
 from models_zoo.events import EventOptions
 from parity_tests.infer_tf.test_cli import refused, run
 from parity_tests.infer_tf.test_streaming import RATE, scene
-from parity_tests.infer_tf.tiny import EVENT_LABELS, event_card, write_events
+from parity_tests.infer_tf.tiny import EVENT_LABELS, event_card, write_encoder, write_events
 
 __all__ = ["run"]
 
@@ -173,3 +174,35 @@ def test_pictures_show_events_where_they_are(run, folder, classifier, tmp_path, 
         expected = classifier.predict(folder / "b.wav").frame_probabilities
         order = [EVENT_LABELS.index(name) for name in names]
         np.testing.assert_allclose(scores, expected[order], atol=1e-6)
+
+
+def test_long_recordings_show_progress_in_seconds(run, folder, monkeypatch):
+    """Standard error is no terminal here, so the bar has to be forced."""
+    monkeypatch.setattr(
+        batch, "tqdm", lambda *a, **options: tqdm(*a, **{**options, "disable": False, "mininterval": 0})
+    )
+    quiet = run("predict", folder / "model.onnx", folder / "b.wav", "--window", 4, "--hop", 2)
+    shown = quiet.err.replace("\r", "\n").splitlines()
+    assert any("13.0/13.0" in line for line in shown), shown
+    assert any("4.00/13.0" in line for line in shown), shown
+    assert listed(quiet.out)
+
+
+def test_a_model_with_an_encoder(run, folder, tmp_path):
+    fused = write_events(tmp_path / "fused.onnx", event_card(embeddings=True))
+    assert "pass encoder=" in refused(run("predict", fused, folder / "a.wav"))
+    encoder = write_encoder(tmp_path / "encoder.onnx")
+    result = run("predict", fused, folder / "a.wav", "--encoder", encoder, "--json")
+    assert result.code == 0, result.err
+    with TFAudioClassifier(fused, encoder=encoder) as classifier:
+        assert json.loads(result.out)["events"] == classifier.predict(folder / "a.wav").to_dict()["events"]
+
+
+def test_info_says_how_events_are_found(run, folder):
+    rows = [line.split("  ") for line in run("info", folder / "model.onnx").out.splitlines()]
+    said = {row[0]: row[-1].strip() for row in rows}
+    assert (said["frames"], said["thresholds"], said["median filters"]) == (
+        "a score every 0.064 s",
+        "0.5",
+        "0 s, 0.448 s",
+    )
