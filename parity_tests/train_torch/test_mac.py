@@ -174,6 +174,16 @@ def test_no_classes_means_the_embedding_alone():
     assert not any(key.startswith("dense") for key in model.state_dict())
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_probabilities_are_one_in_sum_under_autocast(precision):
+    model = tiny().eval()
+    model.dense[-1].weight.data *= 30
+    with torch.no_grad(), torch.autocast("cpu", precision):
+        answer = model(features=FEATURES)["log_probabilities"]
+    assert answer.dtype == torch.float32
+    torch.testing.assert_close(answer.exp().sum(dim=1), torch.ones(len(answer)), atol=1e-5, rtol=0)
+
+
 def test_gradients_reach_every_parameter():
     model = tiny().train()
     model(features=FEATURES)["log_probabilities"].square().sum().backward()
