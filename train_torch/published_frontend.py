@@ -18,6 +18,7 @@ from torch import Tensor
 from models_zoo.cards import ModelCard
 from models_zoo.errors import CheckpointError
 from models_zoo.filterbanks import mel_matrix, window_array
+from models_zoo.scaling import scaling_affine
 from models_zoo.specs import FrontendSpec
 
 __all__ = ["TOLERANCE", "without_frontend"]
@@ -35,7 +36,6 @@ _MEL_BANK = "mel_spec.mel_scale.fb"
 _TABLES = (_REAL, _IMAGINARY, _MEL, _WINDOW, _MEL_BANK)
 
 _SCALER = ("scaler.mean", "scaler.mean_squared")
-_SCALER_EPS = 1e-8
 
 
 def without_frontend(path: Path, state: Mapping[str, Tensor], card: ModelCard) -> dict[str, Tensor]:
@@ -107,15 +107,15 @@ def _without_scaler(path: Path, state: Mapping[str, Tensor], card: ModelCard) ->
             "here describes; scale per band outside, or train with one value for all"
         )
     mean, square = (float(state[key].double()) for key in _SCALER)
-    spread = float(np.sqrt(square - mean**2)) + _SCALER_EPS
+    kinds = [scaling_affine(mean, square, kind) for kind in ("mean", "standard")]
     affine = card.frontend.affine
     stated = affine is not None and card.frontend.statistics is None and affine.ramp is None
     if not stated or not any(
-        np.allclose((affine.shift, affine.scale), (-mean, scale), rtol=TOLERANCE, atol=0) for scale in (1.0, spread)
+        np.allclose((affine.shift, affine.scale), (kind.shift, kind.scale), rtol=TOLERANCE, atol=0) for kind in kinds
     ):
         raise CheckpointError(
             f"{path} was trained behind statistics of its data set, which card {card.name!r} does not state; give its "
-            f"front end no statistics and Affine(shift={-mean!r}, scale={spread!r}) where it divided by the deviation, "
-            "scale=1.0 where not"
+            f"front end no statistics and Affine(shift={-mean!r}, scale={kinds[1].scale!r}) where it divided by the "
+            "deviation, scale=1.0 where not"
         )
     return kept
