@@ -145,6 +145,19 @@ def detection_metrics(
     events = {name: [(onset, offset, label) for label, onset, offset in of_file] for name, of_file in truth.items()}
     seconds = {name: float(durations[name]) for name in tables}
     some = {name for name, of_file in events.items() if of_file}
+    with np.errstate(invalid="ignore", divide="ignore"):  # where a class is always or never there: nan
+        return _measured(library, tables, events, seconds, some, threshold)
+
+
+def _measured(
+    library: Any,
+    tables: Mapping[str, Any],
+    events: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    some: set[str],
+    threshold: float,
+) -> dict[str, float]:
+    """Return the metrics of score tables; PSDS of the files ``some``."""
     values = {}
     for name, settings in _PSDS.items():
         values[name] = library.intersection_based.psds(

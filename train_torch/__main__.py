@@ -1,4 +1,4 @@
-"""The training command: ``python -m train_torch fit | evaluate | teach | compare | soundscapes |
+"""The training command: ``python -m train_torch fit | fit-sed | evaluate | teach | compare | soundscapes |
 mixtures | scenes | recipes``.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 fine, 2 bad data, options or environment (one line).
@@ -12,14 +12,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from models_zoo.errors import AudioClassifierError, SpecError
+from models_zoo.schema import Declaration
 from train_torch.recipes import DistillationRecipe, Recipe, get_recipe, list_recipes
+from train_torch.recipes.sed import SedRecipe
 
 __all__ = ["main"]
+
+_AnyRecipe = TypeVar("_AnyRecipe", bound=Declaration)
 
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -95,6 +100,31 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--tensorboard", action="store_true", help="TensorBoard logs (imports TensorFlow if present)")
     machine.add_argument("--quiet", action="store_true", help="no progress bar")
     fit.set_defaults(run=_fit)
+
+    detect = commands.add_parser(
+        "fit-sed",
+        help="train a sound event detector on strong, weak and unlabelled clips",
+        description="Train a student and its mean teacher on tables with onsets and offsets (strong), classes alone "
+        "(weak) and nothing (unlabelled), see: scenes. Each data set knows the classes of its own table.",
+    )
+    detect.add_argument("--data", required=True, nargs="+", help="folders with a metadata.csv, or tables")
+    detect.add_argument("--out", required=True, help="run folder to write")
+    detect.add_argument("--recipe", default="scenes_crnn", help="a .json file, or the name of a recipe for events")
+    detect.add_argument("--name", help="name of the model (default: the run folder's)")
+    detect.add_argument("--seed", type=int, help="in place of the recipe's")
+    detect.add_argument("--epochs", type=int, help="in place of the recipe's")
+    detect.add_argument(
+        "--set", metavar="FIELD=VALUE", nargs="+", default=[], help="any field of the recipe, e.g. lr=0.002 mixup=hard"
+    )
+    detect.add_argument("--no-test", action="store_true", help="leave the test split untouched")
+    detect.add_argument("--resume", action="store_true", help="go on with the run in --out after its last full epoch")
+    detect.add_argument("--force", action="store_true", help="replace the run in --out")
+    detect.add_argument("--energy", metavar="COUNTRY", help="report the energy used, e.g. FRA (needs codecarbon)")
+    _add_device(detect)
+    detect.add_argument("--threads", type=int, help="CPU threads of torch")
+    detect.add_argument("--cache-gib", type=float, default=4.0, help="memory for features of clips (default 4)")
+    detect.add_argument("--quiet", action="store_true", help="no progress bar")
+    detect.set_defaults(run=_fit_sed)
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint on labelled recordings")
     evaluate.add_argument(
@@ -271,7 +301,7 @@ def _quieten_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _with_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+def _with_fields(recipe: _AnyRecipe, assignments: Sequence[str]) -> _AnyRecipe:
     """Return ``recipe`` with ``field.inner=value`` applied in order; values are JSON, or text where they are not."""
     data: dict[str, Any] = recipe.to_dict()
     for assignment in assignments:
@@ -292,14 +322,17 @@ def _with_fields(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
             part[last] = json.loads(text)
         except ValueError:
             part[last] = text
-    return Recipe.from_dict(data)
+    return type(recipe).from_dict(data)
 
 
 def _fit(options: argparse.Namespace) -> None:
     overrides = {field: getattr(options, field, None) for field in Recipe.model_fields if field != "precision"}
     if options.precision is not None:
         overrides["precision"] = _PRECISIONS[options.precision]
-    recipe = get_recipe(options.recipe).replace(**{k: v for k, v in overrides.items() if v is not None})
+    found = get_recipe(options.recipe)
+    if isinstance(found, SedRecipe):
+        raise SpecError(f"--recipe {options.recipe}: is for sound event detection; train with fit-sed", field="task")
+    recipe = found.replace(**{k: v for k, v in overrides.items() if v is not None})
     recipe = _with_fields(recipe, options.set)
     for field in ("model", "frontend"):
         if (options.init or options.card) and getattr(options, field) is not None:
@@ -311,13 +344,11 @@ def _fit(options: argparse.Namespace) -> None:
     if (options.teacher or options.teacher_logits) and recipe.distillation is None:
         recipe = recipe.replace(distillation=DistillationRecipe())
 
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
     from train_torch.train import fit
 
     _quieten_lightning()
     _set_threads(options.threads)
-    try:
+    with _resumable(options.out):
         report = fit(
             options.data,
             options.out,
@@ -341,15 +372,58 @@ def _fit(options: argparse.Namespace) -> None:
             resume=options.resume,
             force=options.force,
         )
-    except SIGTERMException:
-        sys.stderr.write(f"stopped by SIGTERM; the same command with --resume goes on with {options.out}\n")
-        sys.exit(128 + signal.SIGTERM)
-    except SystemExit:  # how Lightning passes Ctrl-C on
-        sys.stderr.write(f"interrupted; the same command with --resume goes on with {options.out}\n")
-        sys.exit(128 + signal.SIGINT)
     for split in ("validation", "test"):
         for metric, value in report.get(split, {}).get("metrics", {}).items():
             sys.stdout.write(f"{split} {metric}: {value:.4f}\n")
+
+
+@contextmanager
+def _resumable(out: str) -> Iterator[None]:
+    """Exit with the code of the signal that stopped a training, saying how to go on."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    try:
+        yield
+    except SIGTERMException:
+        sys.stderr.write(f"stopped by SIGTERM; the same command with --resume goes on with {out}\n")
+        sys.exit(128 + signal.SIGTERM)
+    except SystemExit:  # how Lightning passes Ctrl-C on
+        sys.stderr.write(f"interrupted; the same command with --resume goes on with {out}\n")
+        sys.exit(128 + signal.SIGINT)
+
+
+def _fit_sed(options: argparse.Namespace) -> None:
+    recipe = get_recipe(options.recipe)
+    if not isinstance(recipe, SedRecipe):
+        raise SpecError(f"--recipe {options.recipe}: has the task {recipe.task!r}; train with fit", field="task")
+    overrides = {"seed": options.seed, "epochs": options.epochs}
+    recipe = recipe.replace(**{field: value for field, value in overrides.items() if value is not None})
+    recipe = _with_fields(recipe, options.set)
+
+    from train_torch.sed import fit_sed
+
+    _quieten_lightning()
+    _set_threads(options.threads)
+    with _resumable(options.out):
+        report = fit_sed(
+            options.data,
+            options.out,
+            recipe,
+            name=options.name,
+            device=options.device,
+            cache_gib=options.cache_gib,
+            test=not options.no_test,
+            energy=options.energy,
+            progress=not options.quiet,
+            resume=options.resume,
+            force=options.force,
+        )
+    for split in ("validation", "test"):
+        for network, values in report.get(split, {}).items():
+            for metric, value in values.items():
+                sys.stdout.write(f"{split} {network} {metric}: {value:.4f}\n")
+    if "energy_kwh" in report:
+        sys.stdout.write(f"energy: {report['energy_kwh']:.6f} kWh\n")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

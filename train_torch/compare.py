@@ -215,7 +215,12 @@ def compare(
 
 def _arms(recipes: Sequence[str | Path]) -> dict[str, Recipe]:
     """Return the recipes by name, or refuse those whose runs would not be pairs."""
-    arms = {Path(name).stem: get_recipe(name) for name in recipes}
+    arms: dict[str, Recipe] = {}
+    for name in recipes:
+        recipe = get_recipe(name)
+        if not isinstance(recipe, Recipe):
+            raise DataError(f"recipe {name} is for sound event detection; run it with fit-sed, once per --seed")
+        arms[Path(name).stem] = recipe
     if len(arms) < 2 or len(arms) < len(recipes):
         raise DataError(f"got recipes {', '.join(map(str, recipes))}; expected at least two of different names")
     first, *others = arms

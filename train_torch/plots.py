@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from models_zoo.files import replacing
 
-__all__ = ["plot_confusion", "plot_differences", "plot_learning_curves"]
+__all__ = ["plot_confusion", "plot_detection_curves", "plot_differences", "plot_learning_curves"]
 
 
 def plot_confusion(counts: NDArray[np.int64], labels: Sequence[str], path: str | Path, *, title: str) -> None:
@@ -108,5 +108,35 @@ def plot_differences(
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel(f"difference of {metric.replace('_', ' ')} (test split): seeds, and mean with 95 % interval")
     axes.grid(axis="x", alpha=0.3)
+    with replacing(path, force=True) as partial:
+        figure.savefig(partial)
+
+
+def plot_detection_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
+    """Draw the losses and the validation F1 values of a training on events over its epochs as a PNG.
+
+    Args:
+        history: a row per epoch with ``train_...`` losses and, where it was validated, ``val_...`` values.
+        path: of the picture; replaced if it exists.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), dpi=120, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    names = sorted({name for row in history for name in row})
+    for axes, wanted in ((upper, "train_"), (lower, "val_")):
+        for name in names:
+            if name.startswith(wanted) and name != "val_score":
+                rows = [row for row in history if name in row]
+                values = [row[name] for row in rows]
+                axes.plot([row["epoch"] + 1 for row in rows], values, label=name.removeprefix(wanted).replace("_", " "))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    upper.set_ylabel("loss")
+    upper.set_ylim(bottom=0)
+    lower.set_ylabel("validation")
+    lower.set_ylim(0, 1.02)
+    lower.set_xlabel("epoch")
+    lower.xaxis.get_major_locator().set_params(integer=True)
     with replacing(path, force=True) as partial:
         figure.savefig(partial)

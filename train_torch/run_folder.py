@@ -78,6 +78,7 @@ class RunFolder(Checkpoint):
         self.best_epoch = -1
         self._started = time.monotonic()
         self._lr = 0.0
+        self._validated = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "best_score": self.best_score, "best_epoch": self.best_epoch}
@@ -88,15 +89,20 @@ class RunFolder(Checkpoint):
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._started = time.monotonic()
+        self._validated = False
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._validated = True
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = trainer.callback_metrics.items()
+        values = {name: float(value) for name, value in metrics if self._validated or not name.startswith("val_")}
         row = {"epoch": trainer.current_epoch, "lr": self._lr, **values}
         self.history.append({**row, "seconds": time.monotonic() - self._started})
-        if values["val_score"] > self.best_score:
+        if values.get("val_score", -np.inf) > self.best_score:
             self.best_score, self.best_epoch = values["val_score"], trainer.current_epoch
             for stem, network in self.networks.items() if trainer.is_global_zero else ():
                 save_checkpoint(self.folder / f"{stem}.safetensors", network, self.card_of(network), force=True)
@@ -117,7 +123,8 @@ class RunFolder(Checkpoint):
 
     def _write_history(self) -> None:
         with replacing(self.folder / "metrics.csv", force=True) as partial, open(partial, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(self.history[0]), lineterminator="\n")
+            columns = max(self.history, key=len)  # an epoch without validation has fewer
+            writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
 

@@ -283,7 +283,7 @@ def test_multi_label_loss_is_smoothed_binary_cross_entropy():
 def test_every_recipe_names_what_exists(name):
     recipe = get_recipe(name)
     assert recipe.description
-    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert type(recipe).from_json(recipe.to_json()) == recipe
     create_model(recipe.model, num_classes=2, n_mels=get_frontend(recipe.frontend).mel.n_mels)
 
 
