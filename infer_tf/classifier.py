@@ -208,6 +208,8 @@ class TFAudioClassifier:
         options = self._event_options(events)
 
         def answer(outputs: _Outputs, num_samples: int) -> Prediction:
+            if self.card.length_policy.long == "crop":
+                num_samples = min(num_samples, self.card.length_policy.max or num_samples)
             return decode(self.card, outputs, end=num_samples / self.sample_rate, events=options)
 
         return self._answer(source, sample_rate, channels_first, answer, inputs)

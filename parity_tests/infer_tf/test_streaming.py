@@ -172,6 +172,14 @@ def test_frames_of_padding_hold_no_events(tmp_path):
         assert found == list(clip.events)
 
 
+def test_a_cropped_clip_says_how_much_of_it_was_heard(tmp_path):
+    policy = {"min": 2 * RATE, "max": 2 * RATE, "short": "zero", "long": "crop"}
+    with TFAudioClassifier(write_events(tmp_path / "cropped.onnx", event_card(length_policy=policy))) as cropped:
+        answers = cropped.predict([scene(3.0), scene(1.5), scene(2.0)])
+        assert [answer.end for answer in answers] == [2.0, 1.5, 2.0]
+        assert max(event.offset for event in answers[0].events) <= 2.0
+
+
 def test_the_axis_named_frames_is_time(events, tmp_path):
     card = event_card(turned=False, outputs=[
         {"name": "strong", "role": "frame", "kind": "probability", "axes": ["batch", "frames", "4"], "hop": 4},
