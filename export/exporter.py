@@ -243,8 +243,9 @@ def _quiet_exporters() -> Iterator[None]:
         warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning, r"torch\.onnx")
         # True of a state given at the example's batch size; verification runs others.
         warnings.filterwarnings("ignore", "Exporting a model to ONNX with a batch_size other than 1", UserWarning)
-        # torch's own checks of a recurrence's input, whose rank is always the same.
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.nn\.(modules|utils)\.rnn")
+        # torch's own checks of what a recurrence or a norm is given, whose outcome is the same at every size.
+        own = r"torch\.nn\.(modules\.rnn|utils\.rnn|functional)"
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=own)
         # torch.export copies a tree specification through a deprecated check of its own.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         registration.setLevel(logging.ERROR)  # "torchvision is not installed", which nothing here needs
