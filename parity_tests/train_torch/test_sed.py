@@ -389,6 +389,14 @@ def test_groups_are_mixed_apart_and_unlabelled_clips_not_at_all(scenes: Path) ->
     assert set(targets.unique().tolist()) <= {0.0, 1.0}
 
 
+def test_norms_have_the_momentum_of_the_recipe(scenes: Path) -> None:
+    for recipe, momentum in ((TINY, 0.99), (TINY.replace(bn_momentum=0.2), 0.2)):
+        learner = learner_of(scenes, recipe)[0]
+        norms = [m for m in learner.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert len(norms) == 4  # two of the student, two of the teacher
+        assert {norm.momentum for norm in norms} == {momentum}
+
+
 def test_clips_are_shifted_with_their_labels_where_asked(scenes: Path) -> None:
     learner, module = learner_of(scenes, TINY.replace(frame_shift=20.0, mixup_probability=0.0))
     batch = first_batch(module)
@@ -463,20 +471,23 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 def test_the_schedule_and_the_teacher_follow_the_steps(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates, keeps = [], []
+    rates, keeps, clips = [], [], []
     step = MeanTeacher.training_step
 
     def noted(self, *arguments):
+        clips.append(self.trainer.gradient_clip_val)
         rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
         return step(self, *arguments)
 
     monkeypatch.setattr(MeanTeacher, "training_step", noted)
     monkeypatch.setattr(sed, "update_teacher", lambda teacher, student, share: keeps.append(share))
     recipe = TINY.replace(epochs=4, warmup_epochs=2, annealing_start=3, teacher_decay=0.7, validate_every=2)
+    recipe = recipe.replace(gradient_clip=5.0)
     fit_sed([scenes], tmp_path / "run", recipe, progress=False, test=False)
     expected = [1.0, *(learning_rate_factor(step, rise=4, fall=6, end=8) for step in range(2, 9))]
     np.testing.assert_allclose(rates, 1e-2 * np.array(expected), rtol=1e-9)
     np.testing.assert_allclose(keeps, [0.5, 2 / 3, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7])
+    assert set(clips) == {5.0}
     with open(tmp_path / "run" / "metrics.csv", newline="") as stream:
         assert [bool(row["val_score"]) for row in csv.DictReader(stream)] == [False, True, False, True]
     rates.clear()
