@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         show(measure.measure_recordings("dymn20_as", *networks["dymn20_as"], folder, arguments.seconds))
         show(measure.measure_stages(onnx, folder, arguments.seconds))
         show(measure.measure_cold_start(onnx, repeats=3))
+        measure.write_network("crnn_2023", folder / "crnn_2023.onnx")
+        show(measure.measure_events(folder / "crnn_2023.onnx", folder))
 
     missed = [entry for report in reports for entry in report.missed]
     verdict = "Every bar is met." if not missed else "Bars missed:\n\n" + "\n".join(f"- {entry}" for entry in missed)
