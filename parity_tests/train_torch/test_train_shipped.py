@@ -15,7 +15,11 @@ from train_torch.evaluation import evaluate
 from train_torch.frontend import TorchFrontend
 from train_torch.recipes import Recipe, get_recipe
 
-SHIPPED = {"digits-mn": ("digits", "fsdd", 0.97), "instruments-mn": ("instruments", "instruments", 0.70)}
+SHIPPED = {
+    "digits-mn": ("digits", "fsdd", 0.97),
+    "instruments-mn": ("instruments", "instruments", 0.70),
+    "instruments-panns": ("instruments_panns", "instruments", 0.70),
+}
 RECIPES = {"digits-mac": "digits_mac_max", **{name: recipe for name, (recipe, _, _) in SHIPPED.items()}}
 
 
