@@ -163,11 +163,11 @@ def example_inputs(card: ModelCard, num_samples: int, batch: int, *, loudness: f
     """Return inputs by name for ``(batch, num_samples)`` of seeded noise, each item half as loud as the one before.
 
     The noise falls by 6 dB per octave above 50 Hz at 32 kHz, as recordings do; ``loudness`` is the root of the mean
-    square of the first item. Embeddings of an encoder are noise, of 5 to 496 tokens where their number is free. A mask
-    of the caller's is true from some place on, in each item from another, and nowhere in some.
+    square of the first item. Pictures are noise, and so are embeddings of an encoder, of 5 to 496 tokens where their
+    number is free. A mask of the caller's is true from some place on, in each item from another, and nowhere in some.
 
     Raises:
-        ExportError: an input is neither audio nor an embedding nor a mask.
+        ExportError: an input is neither audio nor a picture, an embedding or a mask.
     """
     noise = np.random.default_rng(num_samples).standard_normal((batch, num_samples))
     noise = signal.lfilter([1 - _POLE**2], [1, -_POLE], noise)
@@ -185,13 +185,13 @@ def example_inputs(card: ModelCard, num_samples: int, batch: int, *, loudness: f
             sizes["frames"] = time // (1 if frames is None else frames.hop)
         elif part.source == "waveform":
             inputs[part.name] = waveform
-        elif part.source == "encoder" or (part.source == "caller" and part.dtype == "bool"):
+        elif part.source in ("encoder", "image") or (part.source == "caller" and part.dtype == "bool"):
             shape = [int(axis) if axis.isdecimal() else sizes[axis] for axis in part.axes]
             drawn = _mask(rng, shape) if part.dtype == "bool" else rng.standard_normal(shape).astype(np.float32)
             inputs[part.name] = torch.from_numpy(drawn)
         else:
             raise ExportError(
-                f"input {part.name!r} comes from {part.source!r}; export knows audio, embeddings and masks"
+                f"input {part.name!r} comes from {part.source!r}; export knows audio, pictures, embeddings and masks"
             )
     return inputs
 
@@ -213,8 +213,11 @@ def legal_lengths(card: ModelCard) -> list[int]:
     """Return clip lengths in samples from the shortest legal one to 30 s, three at least where three are legal.
 
     Where the card makes every clip as long as those of training, but the network takes any, longer ones stand in for
-    others: an axis that the exporter froze at the one length would go unnoticed.
+    others: an axis that the exporter froze at the one length would go unnoticed. A card without a front end has clips
+    of no length, which 1 stands for.
     """
+    if card.frontend is None:
+        return [1]
     policy = card.length_policy
     step = policy.multiple_of
     if policy.min == policy.max is not None and any("time" in part.axes for part in card.inputs):

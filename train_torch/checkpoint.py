@@ -284,6 +284,10 @@ def _load_state(
     described = cast(Model, model)
     expected = model.state_dict()
     whole = state
+    unused: tuple[str, ...] = getattr(model, "unused_prefixes", ())
+    state = {key: value for key, value in state.items() if not key.startswith(unused)} if unused else state
+    if len(state) < len(whole):
+        _log.info("%s: %d entries are of no use to %r and left out", path, len(whole) - len(state), card.name)
     head = [key for key in expected if key.startswith(described.head_prefix)]
     replaced: tuple[str, ...] = ()
     if not head:

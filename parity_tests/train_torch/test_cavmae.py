@@ -19,6 +19,7 @@ from parity_tests.tolerances import (
     GOLDEN_CAV_MAE_POSITIONS,
     GOLDEN_CAV_MAE_SMALL_BLOCK,
 )
+from train_torch.checkpoint import load_checkpoint
 from train_torch.models import create_from_card, create_model, new_card
 from train_torch.models.cavmae import CAVMAEFT, CAVMAEFTOptions
 from train_torch.models.cavmae_blocks import position_table
@@ -496,3 +497,62 @@ def test_another_mae_is_refused():
     with pytest.raises(CheckpointError, match=r"decoder_blocks\.1.*nothing"):
         start_from_vision_mae(model, vision_mae(depth=2))
     assert torch.equal(model.state_dict()["norm.weight"], before)
+
+
+def pretrained_file(folder, *, drop=(), add=()):
+    """Write a pre-trained file as published, every key behind ``module.``; return it and the network."""
+    model = CAVMAE(CAVMAEOptions(embed_dim=24, num_heads=3, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2))
+    state = {f"module.{key}": value for key, value in model.state_dict().items() if key not in drop}
+    state |= {f"module.{key}": torch.zeros(2) for key in add}
+    path = folder / "audio_model.21.pth"
+    torch.save(state, path)
+    return path, model
+
+
+def card_for(name, num_classes=527, **options):
+    model = create_model(name, num_classes=num_classes, embed_dim=24, num_heads=3, **options)
+    needed = [part.source for part in model.inputs]
+    return new_card(
+        "example",
+        name,
+        model=model,
+        frontend=get_frontend("cav_mae") if "frontend" in needed else None,
+        image=ImageSpec() if "image" in needed else None,
+        task="multi_label" if num_classes else "embedding",
+        labels=None,
+    )
+
+
+def test_fine_tuning_starts_from_a_pre_trained_file(tmp_path):
+    path, before = pretrained_file(tmp_path)
+    loaded = load_checkpoint(path, card_for("cavmaeft"), num_classes=3)
+    assert set(loaded.replaced) == {f"mlp_head.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
+    for key, value in loaded.model.state_dict().items():
+        assert key in loaded.replaced or torch.equal(value, before.state_dict()[key])
+    towers = load_checkpoint(path, card_for("cavmaeft_audio", num_classes=0)).model
+    features = noise(3, 2, 1024, 128)
+    with torch.no_grad():
+        expected = before.eval()(features=features, image=noise(4, 2, 3, 224, 224))["audio_embedding"]
+        assert torch.equal(towers(features=features)["embedding"], expected)
+
+
+@pytest.mark.parametrize(("drop", "add"), [(("norm_a.weight",), ()), ((), ("blocks_w.0.norm1.weight",))])
+def test_a_file_that_lacks_or_holds_anything_else_is_refused(tmp_path, drop, add):
+    path, _ = pretrained_file(tmp_path, drop=drop, add=add)
+    with pytest.raises(CheckpointError, match=(*drop, *add)[0]):
+        load_checkpoint(path, card_for("cavmaeft"), num_classes=3)
+
+
+@pytest.mark.contracts
+def test_what_a_pre_trained_file_lacks_and_holds_is_as_published(contracts):
+    keys = {
+        name: set(entry["keys"])
+        for name, entry in json.loads((contracts / "cav_mae" / "keys.json").read_text()).items()
+    }
+    with torch.device("meta"):
+        fine_tuned, heard = create_model("cavmaeft"), create_model("cavmaeft_audio")
+    pre_trained, whole = keys["cavmae_base"], keys["cavmaeft_base_527"]
+    unused = {key for key in pre_trained if key.startswith(fine_tuned.unused_prefixes)}
+    assert (len(unused), len(whole - pre_trained)) == (173, 4)
+    assert pre_trained - unused <= whole
+    assert {key for key in whole if not key.startswith(heard.unused_prefixes)} == keys["cavmaeftaudio_base_527"]

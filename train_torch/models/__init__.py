@@ -60,6 +60,8 @@ class Model(Protocol):
         length_policy: what it asks of a clip in samples, beyond its frames; nothing where it does not say.
         published_frontend: published files of the family hold the tensors of a front end, which are compared with the
             card's and left out; False where it does not say.
+        unused_prefixes: of entries that files of the family may hold beside those of the network; none where it does
+            not say.
         base_prefix: a file whose entries all lack it holds the part of the model below it; empty where it does not
             say.
     """

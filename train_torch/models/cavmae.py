@@ -20,6 +20,9 @@ __all__ = ["CAVMAEFT", "CAVMAEFTOptions", "Mode"]
 
 Mode = Literal["multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly"]
 
+_DECODER = ("decoder", "mask_token")
+_IMAGE = ("blocks_v.", "modality_v", "norm_v.", "patch_embed_v.", "pos_embed_v")
+
 _LISTENS = ("multimodal", "audioonly", "missingaudioonly")
 _LOOKS = ("multimodal", "videoonly", "missingvideoonly")
 
@@ -63,6 +66,7 @@ class CAVMAEFT(Towers):
         options: JSON-ready dict that rebuilds the network through ``create_model``.
         class_keys: state_dict entries that belong to one class count, i.e. that fine-tuning to others replaces.
         min_frames, max_frames: of features it takes; None for any.
+        unused_prefixes: of the decoder in a pre-trained file, and without ``image`` of what looks at pictures.
     """
 
     system: ClassVar[str] = "cav_mae"
@@ -75,6 +79,7 @@ class CAVMAEFT(Towers):
     def __init__(self, options: CAVMAEFTOptions) -> None:
         super().__init__()
         self.declared: CAVMAEFTOptions = options
+        self.unused_prefixes = _DECODER if options.image else (*_DECODER, *_IMAGE)
         self._add_parameters(image=options.image, trainable_positions=True)
         self._add_blocks(image=options.image)
         self.mlp_head: nn.Sequential | None = None

@@ -1,0 +1,79 @@
+"""Export of CAV-MAE: every mode, padded and of free length, against torch at other lengths and batches than traced."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from export.exporter import export_onnx
+from models_zoo.images import ImageSpec
+from models_zoo.presets import get_frontend
+from parity_tests.tolerances import LOGITS
+from train_torch.models import create_model, new_card
+
+PADDED = get_frontend("cav_mae")
+FREE = PADDED.replace(frames=None)
+
+
+def network(name, seed=0, **options):
+    """Return a small network whose tokens are alive, and its card."""
+    torch.manual_seed(seed)
+    model = create_model(name, embed_dim=24, num_heads=3, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim > 1:
+                parameter.mul_(1.5)
+    needed = [part.source for part in model.inputs]
+    card = new_card(
+        "example",
+        name,
+        model=model,
+        frontend=(FREE if options.get("dynamic_time") else PADDED) if "frontend" in needed else None,
+        image=ImageSpec() if "image" in needed else None,
+        task="embedding" if name == "cavmae" or not options["num_classes"] else "multi_label",
+        labels=None,
+    )
+    return model, card
+
+
+CASES = {
+    "audio, padded": ("cavmaeft_audio", {"num_classes": 5}),
+    "audio, free": ("cavmaeft_audio", {"num_classes": 5, "dynamic_time": True}),
+    "pictures": ("cavmaeft", {"num_classes": 5, "mode": "videoonly"}),
+    "both, padded": ("cavmaeft", {"num_classes": 5}),
+    "both, free": ("cavmaeft", {"num_classes": 5, "dynamic_time": True}),
+    "sound of both": ("cavmaeft", {"num_classes": 5, "mode": "missingaudioonly", "dynamic_time": True}),
+    "towers": (
+        "cavmae",
+        {"dynamic_time": True, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_answer_as_torch(case, tmp_path):
+    name, options = CASES[case]
+    model, card = network(name, **options)
+    path = tmp_path / "model.onnx"
+    verification = export_onnx(model, card, path)
+    assert verification.worst <= LOGITS
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    free = options.get("dynamic_time", False)
+    shapes = {part.name: part.shape for part in session.get_inputs()}
+    for part in card.inputs:
+        expected = ["batch", *part.axes[1:]]
+        assert [str(axis) for axis in shapes[part.name]] == expected
+        assert ("time" in expected) == (free and part.name == "features")
+    rng = np.random.default_rng(1)
+    for frames, batch in ((16, 5), (208, 1), (333, 2), (512, 1), (1024, 1)) if free else ((1024, 1), (1024, 5)):
+        given = {"features": (batch, frames, 128), "image": (batch, 3, 224, 224)}
+        fed = {part.name: rng.standard_normal(given[part.name]).astype(np.float32) for part in card.inputs}
+        got = session.run(None, fed)
+        with torch.no_grad():
+            expected = model(**{key: torch.from_numpy(value) for key, value in fed.items()})
+        for output, actual in zip(card.outputs, got, strict=True):
+            reference = expected[output.name].numpy()
+            assert actual.shape == reference.shape
+            assert np.abs(actual - reference).max() <= LOGITS * max(1.0, reference.std())
