@@ -85,8 +85,7 @@ def read_video_frames(source: VideoSource, chosen: Sequence[int] = (MIDDLE,)) ->
         if frame is None:
             raise VideoDecodeError(f"{name}: no frame of it can be decoded; get a whole copy", code="corrupt")
         # A container may count a frame or two that are never shown: the last one stands for them.
-        last = None if len(kept) == len(set(wanted)) else frame.to_image()
-        return [kept.get(index, last) for index in wanted]
+        return [kept[index] if index in kept else frame.to_image() for index in wanted]
 
 
 def read_video_audio(

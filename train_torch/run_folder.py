@@ -53,6 +53,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes Lightning's checkpoints completely or not at all."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write ``checkpoint`` under its name once it is whole."""
         # Through memory: torch's own writer reports a full disk as something other than an OSError.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -81,23 +82,29 @@ class RunFolder(Checkpoint):
         self._validated = False
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from."""
         return {"history": self.history, "best_score": self.best_score, "best_epoch": self.best_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
         self.history, self.best_score = state_dict["history"], state_dict["best_score"]
         self.best_epoch = state_dict["best_epoch"]
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Take the time."""
         self._started = time.monotonic()
         self._validated = False
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note that the epoch was validated."""
         self._validated = True
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Note the learning rate of the step."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the metrics, the networks where they are the best so far, and the state."""
         metrics = trainer.callback_metrics.items()
         values = {name: float(value) for name, value in metrics if self._validated or not name.startswith("val_")}
         row = {"epoch": trainer.current_epoch, "lr": self._lr, **values}
@@ -136,17 +143,21 @@ class Progress(Callback):
         self._bar: Any = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw the bar, at the step a resumed run is at."""
         total = int(trainer.estimated_stepping_batches)
         self._bar = tqdm(total=total, initial=trainer.global_step, unit="step", mininterval=1.0)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Move the bar."""
         self._bar.update(1)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Show the metrics of the epoch beside the bar."""
         shown = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "val_score"}
         self._bar.set_postfix({"epoch": trainer.current_epoch + 1, **{k: f"{v:.3f}" for k, v in shown.items()}})
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 
