@@ -345,12 +345,14 @@ def test_the_command_line_makes_mixtures(mixtures, tmp_path, capsys):
     assert "mixing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["digits_mac_avg", "digits_mac_max"])
-def test_the_recipes_for_digits_build_small_models(name):
+@pytest.mark.parametrize(
+    ("name", "pooling"), [("digits_mac", "max"), ("digits_mac_avg", "avg"), ("digits_mac_max", "max")]
+)
+def test_the_recipes_for_digits_build_small_models(name, pooling):
     recipe = get_recipe(name)
     model = create_model(recipe.model, num_classes=10, **recipe.model_options)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
-    assert model.options["pooling"] == name[-3:]
+    assert model.options["pooling"] == pooling
     assert recipe.license.startswith("CC BY")
     assert Augmentation.from_dict(recipe.augmentation.to_dict()) == recipe.augmentation
     assert frontend_module.Shift(*recipe.augmentation.shift)

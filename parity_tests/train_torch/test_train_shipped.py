@@ -20,7 +20,7 @@ SHIPPED = {
     "instruments-mn": ("instruments", "instruments", 0.70),
     "instruments-panns": ("instruments_panns", "instruments", 0.70),
 }
-RECIPES = {"digits-mac": "digits_mac_max", **{name: recipe for name, (recipe, _, _) in SHIPPED.items()}}
+RECIPES = {"digits-mac": "digits_mac", **{name: recipe for name, (recipe, _, _) in SHIPPED.items()}}
 
 
 @pytest.mark.parametrize("name", RECIPES)
