@@ -810,7 +810,9 @@ def _confidence(row: Mapping[str, str], onset: float | None, where: str) -> floa
     except ValueError:
         confidence = math.nan
     if onset is None or not 0 < confidence <= 1:
-        raise DataError(f"{where}: got confidence {text!r}; expected above 0, at most 1, in a row with onset and offset")
+        raise DataError(
+            f"{where}: got confidence {text!r}; expected above 0, at most 1, in a row with onset and offset"
+        )
     return confidence
 
 

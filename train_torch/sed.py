@@ -67,6 +67,7 @@ __all__ = [
     "fit_sed",
     "learning_rate_factor",
     "mixed",
+    "mixed_targets",
     "ramp",
     "shifted",
     "teacher_keeps",
