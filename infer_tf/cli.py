@@ -143,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="of several models: measure each by itself too, and the mean against the best of them",
     )
+    evaluate.add_argument(
+        "--fit-weights",
+        action="store_true",
+        help="of several models: print the --weights that suit these recordings best, and nothing else",
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--plot", type=_picture, metavar="FILE", help="picture of the confusion matrix")
     evaluate.add_argument("--force", action="store_true", help="replace existing outputs")
@@ -178,10 +183,20 @@ def _add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", metavar="MODEL", help="the model that computes the embeddings MODEL takes beside audio"
     )
+    parser.add_argument(
+        "--weights", type=_weights, metavar="W,W,...", help="of several models' answers, in order (default: equal)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the network (default: one per core)")
     parser.add_argument(
         "--max-seconds", type=_seconds, default=600.0, metavar="S", help="longest recording read whole (default 600)"
     )
+
+
+def _weights(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers with commas between them") from None
 
 
 def _count(text: str) -> int:
@@ -249,6 +264,7 @@ def _classifier(arguments: argparse.Namespace) -> TFAudioClassifier:
         arguments.threads,
         max_seconds=arguments.max_seconds,
         encoder=arguments.encoder,
+        weights=arguments.weights,
     )
 
 
@@ -397,15 +413,20 @@ def _print(text: str, *, flush: bool) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from infer_tf.evaluation import compare_members, comparison_lines, evaluate, report_lines
+    from infer_tf.evaluation import best_weights, compare_members, comparison_lines, evaluate, report_lines
     from models_zoo.dataset import read_dataset
 
     _check_outputs(arguments, arguments.plot)
     dataset = read_dataset(arguments.data)
     chosen = dataset.select(None if arguments.split == "all" else arguments.split)
     with _classifier(arguments) as classifier:
-        if arguments.members and len(classifier.paths) < 2:
-            raise _UsageError("--members compares several models with their mean; give two or more, or a folder")
+        if (arguments.members or arguments.fit_weights) and len(classifier.paths) < 2:
+            asked = "--members compares" if arguments.members else "--fit-weights weighs"
+            raise _UsageError(f"{asked} several models with their mean; give two or more, or a folder")
+        if arguments.fit_weights:
+            weights = best_weights(classifier, chosen, device=arguments.device, threads=arguments.threads)
+            print(",".join(f"{weight:.4f}" for weight in weights))
+            return 0
         report = evaluate(classifier, chosen)
         comparison = None
         if arguments.members:

@@ -16,9 +16,10 @@ from infer_tf.classifier import TFAudioClassifier
 from models_zoo import metrics
 from models_zoo.audio import load_audio
 from models_zoo.dataset import Dataset, Record
+from models_zoo.ensembles import fit_weights
 from models_zoo.errors import DataError, ModelFileError, WaveformError
 
-__all__ = ["Comparison", "Report", "compare_members", "comparison_lines", "evaluate", "report_lines"]
+__all__ = ["Comparison", "Report", "best_weights", "compare_members", "comparison_lines", "evaluate", "report_lines"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +128,37 @@ def compare_members(
     return Comparison(together, tuple(reports), best, measure, metrics.mean_and_interval(values - others))
 
 
+def best_weights(
+    classifier: TFAudioClassifier, dataset: Dataset, *, device: str = "cpu", threads: int | None = None
+) -> tuple[float, ...]:
+    """Return the weights with which the mean of several models is nearest to the labels of ``dataset``.
+
+    See :func:`models_zoo.ensembles.fit_weights`. Recordings the weights are fitted on say nothing about what they are
+    worth: fit on validation recordings, measure on test recordings.
+
+    Args:
+        classifier: of several models.
+        dataset: recordings of one label each, or with weights of several.
+        device, threads: for the members, see :class:`TFAudioClassifier`.
+
+    Raises:
+        DataError: the models answer for labels that do not exclude each other, or recordings have several labels
+            without weights.
+        AudioDecodeError, WaveformError: as :func:`evaluate`.
+    """
+    if classifier.card.task not in ("single_label", "label_distribution"):
+        raise DataError(
+            f"weights are fitted to probabilities that sum to one; the task of {classifier.card.name!r} is "
+            f"{classifier.card.task}"
+        )
+    dataset = dataset.with_labels(_matching_labels(classifier, dataset))
+    answers = []
+    for path in classifier.paths:
+        with TFAudioClassifier(path, device, threads, max_seconds=classifier.max_seconds) as member:
+            answers.append(_scores(member, dataset))
+    return fit_weights(np.stack(answers), dataset.distributions())
+
+
 def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
     """Return the measures of ``classifier`` on labelled recordings.
 
@@ -144,12 +176,7 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
     distributed = classifier.card.task == "label_distribution"
     targets = dataset.distributions() if distributed else dataset.multi_hot().astype(np.int64)
     known = dataset.known()
-    scores = np.stack(
-        [
-            _probabilities(classifier, record)
-            for record in tqdm(dataset.records, unit="file", file=sys.stderr, disable=None)
-        ]
-    )
+    scores = _scores(classifier, dataset)
     if distributed:
         return _distribution_report(labels, targets, scores)
     precision = metrics.average_precision(targets, scores, known)
@@ -224,6 +251,12 @@ def _clip(classifier: TFAudioClassifier, record: Record) -> NDArray[np.float32]:
     if first >= len(waveform):
         raise DataError(f"{record.file}: the labelled stretch begins at {record.onset} s, after the recording's end")
     return waveform[first:last]
+
+
+def _scores(classifier: TFAudioClassifier, dataset: Dataset) -> NDArray[np.float32]:
+    """Return ``(num_clips, num_classes)`` probabilities, showing a bar where standard error is a terminal."""
+    records = tqdm(dataset.records, unit="file", file=sys.stderr, disable=None)
+    return np.stack([_probabilities(classifier, record) for record in records])
 
 
 def _probabilities(classifier: TFAudioClassifier, record: Record) -> NDArray[np.float32]:

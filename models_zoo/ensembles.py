@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from models_zoo.cards import LengthPolicy, ModelCard
 from models_zoo.decoding import probabilities_of
-from models_zoo.errors import CardError
+from models_zoo.errors import CardError, DataError
 from models_zoo.labels import check_labels
 
-__all__ = ["Mean", "check_members", "common_policy", "mean_scores", "normalised_weights"]
+__all__ = ["Mean", "check_members", "common_policy", "fit_weights", "mean_scores", "normalised_weights"]
+
+_MOST_STEPS = 5000
+_STILL = 1e-7
+_LEAST_WEIGHT = 1e-3
 
 Mean: TypeAlias = Literal["logits", "probabilities"]
 """What is averaged: logits, whose mean is then activated as a single model's would be, or probabilities."""
@@ -99,6 +103,37 @@ def normalised_weights(weights: Sequence[float] | None, members: int) -> tuple[f
         raise CardError(f"weights: got {list(weights)}; expected finite numbers above 0", field="weights")
     total = math.fsum(weights)
     return tuple(weight / total for weight in weights)
+
+
+def fit_weights(answers: ArrayLike, targets: ArrayLike) -> tuple[float, ...]:
+    """Return the weights, summing to 1, with which the mean of the members' probabilities is nearest to the targets.
+
+    Nearest by the KL divergence, which has one minimum over weights; found by expectation maximisation, as the shares
+    of a mixture whose parts are known. A member that is of no use gets a thousandth, since every member has a weight.
+
+    Args:
+        answers: ``(members, clips, classes)`` probabilities that sum to one over the classes.
+        targets: ``(clips, classes)``, what they should be, summing to one: distributions, or one-hot.
+
+    Raises:
+        DataError: other shapes.
+    """
+    given, wanted = np.asarray(answers, np.float64), np.asarray(targets, np.float64)
+    if given.ndim != 3 or given.shape[1:] != wanted.shape or not given.size:
+        raise DataError(
+            f"got answers {given.shape} and targets {wanted.shape}; expected (members, clips, classes) and "
+            "(clips, classes)"
+        )
+    weights = np.full(len(given), 1 / len(given))
+    tiny = float(np.finfo(np.float32).tiny)
+    for _ in range(_MOST_STEPS):
+        shares = weights[:, None, None] * given
+        better = (wanted * shares / np.maximum(shares.sum(axis=0), tiny)).sum(axis=(1, 2)) / wanted.sum()
+        moved = float(np.abs(better - weights).max())
+        weights = better
+        if moved < _STILL:
+            break
+    return normalised_weights(np.maximum(weights, _LEAST_WEIGHT).tolist(), len(weights))
 
 
 def mean_scores(

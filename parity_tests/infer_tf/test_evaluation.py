@@ -110,6 +110,30 @@ def test_several_models_are_their_mean_without_members(run, tmp_path):
     assert "comparison" not in report
 
 
+def test_weights_are_fitted_to_one_split_and_used_on_another(run, tmp_path):
+    data = write_data(tmp_path / "data", "weights,", [f"hum;clap,{weights}" for weights in WEIGHTS])
+    models = models_of(tmp_path / "models", "label_distribution")
+    code, out, err = run("evaluate", models, "--data", data, "--fit-weights")
+    assert code == 0, err
+    weights = np.array([float(part) for part in out.split(",")])
+    assert weights.sum() == pytest.approx(1, abs=2e-4)
+
+    answers = np.stack([probabilities(run, path, data) for path in sorted(models.iterdir())])
+    targets = np.array([[float(part) for part in reversed(each.split(";"))] + [0.0] for each in WEIGHTS])
+    targets = targets[:, [("clap", "hum").index(label) if label in ("clap", "hum") else 2 for label in LABELS]]
+
+    def divergence(weights):
+        return kl_divergence(targets, np.tensordot(weights, answers, 1)).mean()
+
+    best = divergence(weights)
+    assert best < divergence(np.full(3, 1 / 3))
+    for towards in np.eye(3):  # no other weights are better, but for the thousandth that each member keeps
+        assert best <= divergence(0.98 * weights / weights.sum() + 0.02 * towards) + 1e-4
+    code, out, _ = run("evaluate", models, "--data", data, "--weights", ",".join(map(str, weights)), "--json")
+    assert code == 0
+    assert json.loads(out)["measures"]["kl_divergence"] == pytest.approx(best, abs=1e-5)
+
+
 def test_comparisons_that_are_refused(run, tmp_path):
     data = write_data(tmp_path / "data", "", ["clap"] * 3 + ["hum;clap"] * 3)
     models = models_of(tmp_path / "models", "multi_label", 2)
@@ -118,6 +142,9 @@ def test_comparisons_that_are_refused(run, tmp_path):
     for arguments, message in (
         ((models, "--members"), "recordings of several labels have none"),
         ((models / "0.onnx", "--members"), "give two or more, or a folder"),
+        ((models / "0.onnx", "--fit-weights"), "give two or more, or a folder"),
+        ((models, "--fit-weights"), "the task of 'mean-of-2' is multi_label"),
+        ((models, "--weights", "1,2,3"), "got 3 for 2 members"),
         ((models / "0.onnx", other), "task: 'other' has single_label, 'm0' has multi_label"),
         ((models / "0.onnx", renamed), "at index 1 (line 2): 'hiss', not 'hum'"),
     ):
