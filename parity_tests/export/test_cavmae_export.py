@@ -13,14 +13,17 @@ from models_zoo.presets import get_frontend
 from parity_tests.tolerances import LOGITS
 from train_torch.models import create_model, new_card
 
-PADDED = get_frontend("cav_mae")
-FREE = PADDED.replace(frames=None)
+PUBLISHED = get_frontend("cav_mae")
+SMALL = {"n_mels": 32, "audio_length": 256, "image_size": 48}
 
 
 def network(name, seed=0, **options):
     """Return a small network whose tokens are alive, and its card."""
     torch.manual_seed(seed)
     model = create_model(name, embed_dim=24, num_heads=3, **options).eval()
+    declared = model.declared
+    frames = None if declared.dynamic_time else PUBLISHED.frames.replace(count=declared.audio_length)
+    frontend = PUBLISHED.replace(mel=PUBLISHED.mel.replace(n_mels=declared.n_mels), frames=frames)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.ndim > 1:
@@ -30,8 +33,8 @@ def network(name, seed=0, **options):
         "example",
         name,
         model=model,
-        frontend=(FREE if options.get("dynamic_time") else PADDED) if "frontend" in needed else None,
-        image=ImageSpec() if "image" in needed else None,
+        frontend=frontend if "frontend" in needed else None,
+        image=ImageSpec(size=declared.image_size) if "image" in needed else None,
         task="embedding" if name == "cavmae" or not options["num_classes"] else "multi_label",
         labels=None,
     )
@@ -39,15 +42,15 @@ def network(name, seed=0, **options):
 
 
 CASES = {
-    "audio, padded": ("cavmaeft_audio", {"num_classes": 5}),
+    "audio, padded": ("cavmaeft_audio", {**SMALL, "num_classes": 5}),
     "audio, free": ("cavmaeft_audio", {"num_classes": 5, "dynamic_time": True}),
-    "pictures": ("cavmaeft", {"num_classes": 5, "mode": "videoonly"}),
-    "both, padded": ("cavmaeft", {"num_classes": 5}),
-    "both, free": ("cavmaeft", {"num_classes": 5, "dynamic_time": True}),
-    "sound of both": ("cavmaeft", {"num_classes": 5, "mode": "missingaudioonly", "dynamic_time": True}),
+    "pictures": ("cavmaeft", {**SMALL, "num_classes": 5, "mode": "videoonly"}),
+    "both, padded": ("cavmaeft", {**SMALL, "num_classes": 5}),
+    "both, free": ("cavmaeft", {**SMALL, "num_classes": 5, "dynamic_time": True}),
+    "sound of both": ("cavmaeft", {**SMALL, "num_classes": 5, "mode": "missingaudioonly", "dynamic_time": True}),
     "towers": (
         "cavmae",
-        {"dynamic_time": True, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+        {**SMALL, "dynamic_time": True, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     ),
 }
 
@@ -67,8 +70,11 @@ def test_graphs_answer_as_torch(case, tmp_path):
         assert [str(axis) for axis in shapes[part.name]] == expected
         assert ("time" in expected) == (free and part.name == "features")
     rng = np.random.default_rng(1)
-    for frames, batch in ((16, 5), (208, 1), (333, 2), (512, 1), (1024, 1)) if free else ((1024, 1), (1024, 5)):
-        given = {"features": (batch, frames, 128), "image": (batch, 3, 224, 224)}
+    declared = model.declared
+    most, side = declared.audio_length, declared.image_size
+    lengths = [frames for frames in (16, 208, 333, 512) if frames < most] if free else []
+    for frames, batch in [*zip(lengths, (5, 1, 2, 1), strict=False), (most, 1), (most, 5)]:
+        given = {"features": (batch, frames, declared.n_mels), "image": (batch, 3, side, side)}
         fed = {part.name: rng.standard_normal(given[part.name]).astype(np.float32) for part in card.inputs}
         got = session.run(None, fed)
         with torch.no_grad():
