@@ -119,7 +119,7 @@ def test_shifts_move_mel_and_time_as_published():
         shifted = TorchFrontend(MRMS, shift=Shift(32, 32)).train()(clips())
         for clip, whole in zip(shifted, framed, strict=True):
             row = whole[0].unfold(0, 160, 1).unfold(1, 50, 1)  # every crop there is
-            places = torch.nonzero((row == clip[0]).all(dim=3).all(dim=2))
+            places = torch.nonzero((row[:, :, ::20] == clip[0, ::20]).all(dim=3).all(dim=2))
             assert len(places) == 1
             i, j = places[0].tolist()
             assert torch.equal(whole[:, i : i + 160, j : j + 50], clip), "windows are shifted alike"

@@ -22,7 +22,7 @@ TAGGERS = ("cnn14", "cnn10", "cnn6", "resnet22", "resnet38", "resnet54", "mobile
 SEGMENTS = ("cnn14_decisionlevelmax", "cnn14_decisionlevelavg", "cnn14_decisionlevelatt")
 WAVEGRAMS = ("wavegram_cnn14", "wavegram_logmel_cnn14")
 ALL = (*TAGGERS, *SEGMENTS, *WAVEGRAMS, "transfer_cnn14")
-PUBLISHED = [name for name in list_models() if get_card(name).system == "panns"]
+PUBLISHED = [name for name in list_models() if get_card(name).system == "panns" and get_card(name).checkpoint]
 
 
 def narrow(name, **options):
