@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -117,10 +118,7 @@ def compare_members(
             "members are compared by a measure that each recording has a value of, and recordings of several labels "
             "have none; evaluate the models one by one"
         )
-    reports = []
-    for path in classifier.paths:
-        with TFAudioClassifier(path, device, threads, max_seconds=classifier.max_seconds) as member:
-            reports.append((os.fspath(path), evaluate(member, dataset)))
+    reports = [(os.fspath(path), evaluate(member, dataset)) for path, member in _members(classifier, device, threads)]
     measure, values = together.by_clip
     sign = -1 if measure == "kl_divergence" else 1
     best = max(range(len(reports)), key=lambda i: sign * reports[i][1].measures[measure])
@@ -152,11 +150,17 @@ def best_weights(
             f"{classifier.card.task}"
         )
     dataset = dataset.with_labels(_matching_labels(classifier, dataset))
-    answers = []
+    answers = [_scores(member, dataset) for _, member in _members(classifier, device, threads)]
+    return fit_weights(np.stack(answers), dataset.distributions())
+
+
+def _members(
+    classifier: TFAudioClassifier, device: str, threads: int | None
+) -> Iterator[tuple[Path, TFAudioClassifier]]:
+    """Yield each model of a classifier as a classifier of its own, closed when the next one is asked for."""
     for path in classifier.paths:
         with TFAudioClassifier(path, device, threads, max_seconds=classifier.max_seconds) as member:
-            answers.append(_scores(member, dataset))
-    return fit_weights(np.stack(answers), dataset.distributions())
+            yield path, member
 
 
 def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:

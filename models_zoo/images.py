@@ -103,7 +103,9 @@ def read_image(source: ImageSource) -> Image.Image:
             upright: Image.Image = ImageOps.exif_transpose(picture)
             return _in_rgb(upright)
     except UnidentifiedImageError:
-        raise ImageDecodeError(f"{name}: {_what_it_is(stream)}", code=_code_of(stream)) from None
+        code = _code_of(stream)
+        what = "of another format" if code == "unsupported" else "no picture"
+        raise ImageDecodeError(f"{name}: is {what}; use JPEG, PNG or WebP", code=code) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageDecodeError(f"{name}: {error}; make it smaller", code="too_large") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
@@ -174,11 +176,6 @@ def _code_of(stream: BinaryIO) -> Literal["unsupported", "not_image"]:
             return "unsupported"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "not_image"
-
-
-def _what_it_is(stream: BinaryIO) -> str:
-    supported = "use JPEG, PNG or WebP"
-    return f"is of another format; {supported}" if _code_of(stream) == "unsupported" else f"is no picture; {supported}"
 
 
 def _in_rgb(picture: Image.Image) -> Image.Image:

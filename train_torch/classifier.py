@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models_zoo.cards import ModelCard, ModelOutput
+from models_zoo.cards import ModelCard
 from models_zoo.errors import DataError, SpecError
 from train_torch.augment import draw_light_mixing, draw_mixing, draw_pairs, mix_labels, mix_waveforms
 from train_torch.data import Batch
@@ -29,7 +29,7 @@ from train_torch.frontend import (
 )
 from train_torch.losses import balancing_weights, clip_loss, supcon_loss
 from train_torch.network_hooks import NetworkHooks
-from train_torch.optim import check_temperature, configure, freeze, keep_frozen
+from train_torch.optim import check_temperature, configure, freeze, keep_frozen, set_norm_momentum
 from train_torch.recipes import Recipe
 
 __all__ = ["Classifier", "selected_by"]
@@ -101,9 +101,7 @@ class Classifier(lightning.LightningModule):
         )
         _check_fit(card, recipe)
         if recipe.bn_momentum is not None:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.momentum = recipe.bn_momentum
+            set_norm_momentum(self.model, recipe.bn_momentum)
         if (teacher is None) != (recipe.distillation is None):
             raise DataError(
                 "the recipe distils, but no teacher was given; give checkpoints (--teacher) or stored logits "
@@ -134,7 +132,7 @@ class Classifier(lightning.LightningModule):
         inputs = network_inputs(self.card.inputs, self.frontend, waveform, None if inside else mixing, plain)
         with self._hooks.mixing(mixing if inside else None):
             outputs = self.model(**inputs)
-        clip, embedding = self.card.clip_output(), _embedding_of(self.card)
+        clip, embedding = self.card.clip_output(), self.card.embedding_output()
         assert clip is not None
         return outputs[clip.name], None if embedding is None else outputs[embedding.name]
 
@@ -257,11 +255,6 @@ class Classifier(lightning.LightningModule):
         return configure(self.model, self.recipe, total)
 
 
-def _embedding_of(card: ModelCard) -> ModelOutput | None:
-    """Return the model's embedding, or None where it has none."""
-    return next((output for output in card.outputs if output.role == "embedding"), None)
-
-
 def _check_fit(card: ModelCard, recipe: Recipe) -> None:
     """Refuse a recipe that asks for what the model of ``card`` cannot give.
 
@@ -269,7 +262,7 @@ def _check_fit(card: ModelCard, recipe: Recipe) -> None:
         SpecError: says what.
     """
     settings = recipe.augmentation
-    if recipe.loss.supcon and _embedding_of(card) is None:
+    if recipe.loss.supcon and card.embedding_output() is None:
         raise SpecError(
             f"loss.supcon: got {recipe.loss.supcon}; a {card.architecture!r} answers without an embedding to contrast; "
             "leave it out",

@@ -14,7 +14,16 @@ from models_zoo.errors import SpecError
 from train_torch.models import Model
 from train_torch.recipes import Recipe
 
-__all__ = ["check_temperature", "configure", "factor_at", "freeze", "keep_frozen", "layers_of", "published_factor"]
+__all__ = [
+    "check_temperature",
+    "configure",
+    "factor_at",
+    "freeze",
+    "keep_frozen",
+    "layers_of",
+    "published_factor",
+    "set_norm_momentum",
+]
 
 
 _OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optimizer]] = {
@@ -109,6 +118,13 @@ def layers_of(model: nn.Module) -> list[str]:
 def _is_below(key: str, prefixes: Iterable[str]) -> bool:
     """Whether a prefix is ``key`` or names whole parts of it: ``features.1`` is above ``features.1.0``, not .10."""
     return any(key == prefix.rstrip(".") or key.startswith(prefix.rstrip(".") + ".") for prefix in prefixes)
+
+
+def set_norm_momentum(model: nn.Module, momentum: float) -> None:
+    """Set the share of a batch in the running statistics of every batch norm of ``model``."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = momentum
 
 
 def freeze(model: nn.Module, prefixes: Iterable[str]) -> tuple[str, ...]:

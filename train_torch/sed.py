@@ -44,6 +44,7 @@ from train_torch.energy import measured_energy
 from train_torch.evaluation import Device, accelerator_of
 from train_torch.frontend import TorchFrontend
 from train_torch.models import create_model, new_card
+from train_torch.optim import set_norm_momentum
 from train_torch.plots import plot_detection_curves
 from train_torch.recipes.sed import SedRecipe
 from train_torch.run_folder import (
@@ -219,9 +220,7 @@ class MeanTeacher(lightning.LightningModule):
         assert frame is not None
         self.hop = frame.hop
         if recipe.bn_momentum is not None:
-            for module in student.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.momentum = recipe.bn_momentum
+            set_norm_momentum(student, recipe.bn_momentum)
         self.student = student.train()
         self.teacher = copy.deepcopy(student).requires_grad_(False) if recipe.consistency else None
         self._scored: list[tuple[SceneBatch, dict[str, dict[str, Tensor]]]] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import io
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -49,3 +51,9 @@ def encoded(
     file = io.BytesIO()
     soundfile.write(file, waveform, sample_rate, format=container, subtype=coding, **how)
     return file.getvalue()
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a folder's ``metadata.csv``."""
+    with open(folder / "metadata.csv", newline="") as stream:
+        return list(csv.DictReader(stream))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from models_zoo.dataset import read_dataset
 from models_zoo.errors import DataError, OutputExistsError
 from models_zoo.mixtures import count_clipped, mix, write_mixtures
 from models_zoo.presets import get_frontend
+from parity_tests.models_zoo.recordings import rows_of
 
 RATE = 16000
 MRMS = get_frontend("mrms")
@@ -50,11 +50,6 @@ def mixtures(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = write_mixtures(words, folder, MRMS, num_clips=60, seed=5)
     assert table == folder / "metadata.csv"
     return folder
-
-
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "metadata.csv", newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_the_table_is_a_data_set_of_distributions(mixtures: Path) -> None:

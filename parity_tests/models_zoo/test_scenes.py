@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from models_zoo.errors import DataError, OutputExistsError, SpecError, UnknownNa
 from models_zoo.presets import get_frontend
 from models_zoo.scenes import SceneSettings, trimmed, write_scenes
 from models_zoo.soundscapes import CLASSES
+from parity_tests.models_zoo.recordings import rows_of
 from train_torch.__main__ import main
 
 RATE = 16000
@@ -52,11 +52,6 @@ def scenes(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = write_scenes(folder, DCASE, counts=COUNTS, data=[tones], settings=SETTINGS, seed=3)
     assert table == folder / "metadata.csv"
     return folder
-
-
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "metadata.csv", newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_the_table_says_of_every_part_what_is_known(scenes: Path) -> None:

@@ -21,12 +21,7 @@ CLASSES = ("buzz", "clicks", "tone")
 TINY = Recipe(model="mn01", frontend="efficientat", epochs=2, batch_size=6, lr=3e-3, seconds=0.3, seed=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

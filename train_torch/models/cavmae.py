@@ -6,7 +6,7 @@ Source: YuanGongND/cav-mae ``src/models/cav_mae.py`` CAVMAEFT and ``src/models/a
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models_zoo.cards import ModelInput, ModelOutput
 from models_zoo.errors import CardError
-from train_torch.models.cavmae_blocks import PATCH, TowerOptions, Towers, initialise
+from train_torch.models.cavmae_blocks import TowerOptions, Towers, initialise
 
 __all__ = ["CAVMAEFT", "CAVMAEFTOptions", "Mode"]
 
@@ -69,12 +69,7 @@ class CAVMAEFT(Towers):
         unused_prefixes: of the decoder in a pre-trained file, and without ``image`` of what looks at pictures.
     """
 
-    system: ClassVar[str] = "cav_mae"
-    layout: ClassVar[str] = "b t m"
     head_prefix: ClassVar[str] = "mlp_head."
-    min_frames: ClassVar[int] = PATCH
-    exporter: ClassVar[Literal["torchscript", "dynamo"]] = "torchscript"
-    exporter_reason: ClassVar[str] = "keeps the weights inside the file; both graphs stay within 5e-6 of the model"
 
     def __init__(self, options: CAVMAEFTOptions) -> None:
         super().__init__()
@@ -90,11 +85,6 @@ class CAVMAEFT(Towers):
         initialise(self)
         self.class_keys = tuple(key for key in self.state_dict() if key.startswith("mlp_head.1."))
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """JSON-ready dict that rebuilds the network through ``create_model``."""
-        return self.declared.to_dict()
-
     def set_mode(self, mode: Mode) -> None:
         """Choose what the network is given from now on.
 
@@ -104,19 +94,10 @@ class CAVMAEFT(Towers):
         self.declared = self.declared.replace(mode=mode)
 
     @property
-    def max_frames(self) -> int | None:
-        """Most frames of features the network takes."""
-        return self.declared.audio_length if self.declared.dynamic_time else None
-
-    @property
     def inputs(self) -> tuple[ModelInput, ...]:
         """Inputs of the graph, as the mode needs."""
-        options = self.declared
-        time = "time" if options.dynamic_time else str(options.audio_length)
-        side = str(options.image_size)
-        heard = ModelInput(name="features", axes=("batch", time, str(options.n_mels)), source="frontend")
-        seen = ModelInput(name="image", axes=("batch", "3", side, side), source="image")
-        return (heard,) * (options.mode in _LISTENS) + (seen,) * (options.mode in _LOOKS)
+        mode = self.declared.mode
+        return (self._heard,) * (mode in _LISTENS) + (self._seen,) * (mode in _LOOKS)
 
     @property
     def outputs(self) -> tuple[ModelOutput, ...]:

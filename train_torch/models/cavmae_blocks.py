@@ -6,7 +6,7 @@ Source: Gong et al., "Contrastive Audio-Visual Masked Autoencoder" (ICLR 2023, a
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models_zoo.cards import ModelInput
 from models_zoo.errors import CardError, ClipLengthError, SpecError
 from models_zoo.schema import Declaration
 
@@ -165,8 +166,34 @@ class Towers(nn.Module):
     parameters come in the published order.
     """
 
+    system: ClassVar[str] = "cav_mae"
+    layout: ClassVar[str] = "b t m"
+    min_frames: ClassVar[int] = PATCH
+    exporter: ClassVar[Literal["torchscript", "dynamo"]] = "torchscript"
+    exporter_reason: ClassVar[str] = "keeps the weights inside the file; both graphs stay within 5e-6 of the model"
+
     declared: TowerOptions
-    min_frames: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """JSON-ready dict that rebuilds the network through ``create_model``."""
+        return self.declared.to_dict()
+
+    @property
+    def max_frames(self) -> int | None:
+        """Most frames of features the network takes; None where the front end fills them up."""
+        return self.declared.audio_length if self.declared.dynamic_time else None
+
+    @property
+    def _heard(self) -> ModelInput:
+        options = self.declared
+        time = "time" if options.dynamic_time else str(options.audio_length)
+        return ModelInput(name="features", axes=("batch", time, str(options.n_mels)), source="frontend")
+
+    @property
+    def _seen(self) -> ModelInput:
+        side = str(self.declared.image_size)
+        return ModelInput(name="image", axes=("batch", "3", side, side), source="image")
 
     def _add_parameters(self, *, image: bool = True, trainable_positions: bool) -> None:
         options, width = self.declared, self.declared.embed_dim

@@ -6,14 +6,14 @@ that a run can be repeated; losses come by name.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models_zoo.cards import ModelInput, ModelOutput
+from models_zoo.cards import ModelOutput
 from models_zoo.errors import SpecError
 from train_torch.models.cavmae_blocks import PATCH, Block, TowerOptions, Towers, initialise, position_table, through
 
@@ -153,13 +153,8 @@ class CAVMAE(Towers):
         min_frames, max_frames: of features it takes; None for any.
     """
 
-    system: ClassVar[str] = "cav_mae"
-    layout: ClassVar[str] = "b t m"
     head_prefix: ClassVar[str] = "decoder"
     class_keys: ClassVar[tuple[str, ...]] = ()
-    min_frames: ClassVar[int] = PATCH
-    exporter: ClassVar[Literal["torchscript", "dynamo"]] = "torchscript"
-    exporter_reason: ClassVar[str] = "keeps the weights inside the file; both graphs stay within 5e-6 of the model"
 
     def __init__(self, options: CAVMAEOptions) -> None:
         super().__init__()
@@ -181,25 +176,11 @@ class CAVMAE(Towers):
         self.decoder_pred_a = nn.Linear(width, PATCH * PATCH)
         self.decoder_pred_v = nn.Linear(width, PATCH * PATCH * 3)
         initialise(self)
-        side, time = str(options.image_size), "time" if options.dynamic_time else str(options.audio_length)
-        self.inputs = (
-            ModelInput(name="features", axes=("batch", time, str(options.n_mels)), source="frontend"),
-            ModelInput(name="image", axes=("batch", "3", side, side), source="image"),
-        )
+        self.inputs = (self._heard, self._seen)
         self.outputs = tuple(
             ModelOutput(name=f"{name}_embedding", role="embedding", axes=("batch", str(options.embed_dim)))
             for name in ("audio", "image")
         )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """JSON-ready dict that rebuilds the network through ``create_model``."""
-        return self.declared.to_dict()
-
-    @property
-    def max_frames(self) -> int | None:
-        """Most frames of features the network takes."""
-        return self.declared.audio_length if self.declared.dynamic_time else None
 
     def forward(self, features: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Return ``{"audio_embedding": (batch, embed_dim), "image_embedding": (batch, embed_dim)}``, float32.

@@ -18,9 +18,6 @@ from train_torch.models.combined import Combined, CombinedOptions, Member
 
 __all__ = ["Ensemble", "combine", "load_ensemble"]
 
-# What members may not differ in: how a clip is read and cut, and what an answer means.
-_SHARED = ("task", "labels", "length_policy")
-
 
 class Ensemble(nn.Module):
     """Waveforms -> the mean of the members' logits; one member is a model behind its front end.
@@ -48,9 +45,14 @@ class Ensemble(nn.Module):
         self.frontends = nn.ModuleList(_frontend(card) for card in self.cards)
         self.models = nn.ModuleList(model.to(memory_format=torch.channels_last) for model, _ in members)  # type: ignore[call-overload]
         if len(members) > 1:
-            self.require_logits()
+            check_members(self.cards, "logits")
         for card in self.cards[1:]:
-            _check_pair(self.card, card)
+            if card.length_policy != self.card.length_policy:
+                raise CardError(
+                    f"length_policy: {card.name!r} has {card.length_policy}, {self.card.name!r} "
+                    f"{self.card.length_policy}; members read a clip alike",
+                    field="length_policy",
+                )
         self.eval()
 
     def require_logits(self) -> None:
@@ -112,25 +114,6 @@ def _frontend(card: ModelCard) -> TorchFrontend:
     if card.clip_output() is None:
         raise CardError(f"{card.name!r} has no clip scores to take the mean of", field="outputs")
     return TorchFrontend(card.frontend)
-
-
-def _check_pair(first: ModelCard, other: ModelCard) -> None:
-    assert first.frontend is not None
-    assert other.frontend is not None
-    pairs = {field: (getattr(first, field), getattr(other, field)) for field in _SHARED}
-    pairs["frontend.sample_rate"] = (first.frontend.sample_rate, other.frontend.sample_rate)
-    for field, (expected, got) in pairs.items():
-        if got != expected:
-            raise CardError(
-                f"{field}: {other.name!r} has {_short(got)}, {first.name!r} has {_short(expected)}; members of an "
-                "ensemble share it",
-                field=field,
-            )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def combine(
