@@ -2,9 +2,9 @@
 
 Three layouts are recognised, in this order:
 
-1. ``metadata.csv`` with the columns ``file`` and ``label`` and, if wanted, ``weights``, ``split``, ``speaker``,
-   ``fold``, ``recording``, ``absent``, ``onset`` and ``offset`` (seconds); other columns are ignored. Several labels
-   are separated by ``;``. A file may have several rows where each has its own onset and offset.
+1. ``metadata.csv`` with the columns ``file`` and ``label`` and, if wanted, ``image``, ``weights``, ``split``,
+   ``speaker``, ``fold``, ``recording``, ``absent``, ``onset`` and ``offset`` (seconds); other columns are ignored.
+   Several labels are separated by ``;``. A file may have several rows where each has its own onset and offset.
 2. ESC-50's own: ``meta/esc50.csv`` (``filename``, ``fold``, ``target``, ``category``, and ``src_file`` where it is
    there, which is the recording) beside ``audio/``.
 3. A folder of class folders, at choice below folders named after splits: ``dog/1.wav`` or ``train/dog/1.wav``.
@@ -17,6 +17,9 @@ that is not in ``label`` is absent.
 
 Where a table has the column ``weights``, it says how much of a clip each of its labels is: ``0.7;0.3`` beside the label
 ``three;five``, never negative, one in sum. Without it, only clips of one label have a distribution: all of that label.
+
+Where a table has the column ``image``, it names the picture that belongs to a clip, or several of them, frames of a
+video in their order, separated by ``;``; paths are relative to the table.
 
 Where a table has the column ``part``, it says what is known of a clip for event detection: ``strong`` (every event with
 its onset and offset; one row without label is a clip without events), ``weak`` (classes, without times) or
@@ -87,6 +90,7 @@ class Record:
         onset, offset: the stretch the labels hold for, in seconds, or None for the whole file.
         confidence: of a stretch, in (0, 1].
         part: what is known of the file for event detection; of an ``unlabelled`` one no label is known.
+        images: its pictures: none, one, or frames of a video in their order.
     """
 
     file: Path
@@ -101,6 +105,12 @@ class Record:
     offset: float | None = None
     part: Part = "weak"
     confidence: float = 1.0
+    images: tuple[Path, ...] = ()
+
+    @property
+    def image(self) -> Path | None:
+        """The one picture to look at where one is wanted: the middle frame (of ten the sixth), or None."""
+        return self.images[len(self.images) // 2] if self.images else None
 
 
 @dataclass(frozen=True)
@@ -453,7 +463,7 @@ class Dataset:
         return replace(self, records=tuple(records))
 
     def check_disjoint(self, by: Group | None = None) -> None:
-        """Prove that no file, no recording, and no group where ``by`` is given, is on two sides.
+        """Prove that no file, no picture, no recording, and no group where ``by`` is given, is on two sides.
 
         Raises:
             DataError: one is; the message names it and its splits.
@@ -461,6 +471,8 @@ class Dataset:
         sides: dict[str, set[str | None]] = defaultdict(set)
         for record in self.records:
             sides[self.name_of(record)].add(record.split)
+            for image in record.images:
+                sides[f"image {image.relative_to(self.root).as_posix()}"].add(record.split)
             if record.recording is not None:
                 sides[f"recording {record.recording}"].add(record.split)
             if by is not None:
@@ -470,7 +482,7 @@ class Dataset:
             name, splits = next(iter(torn.items()))
             raise DataError(
                 f"{self.root}: {len(torn)} are in more than one split, e.g. {name!r} in {sorted(map(str, splits))}; "
-                "a file, recording or group belongs to one split"
+                "a file, picture, recording or group belongs to one split"
             )
 
     def copies_across_splits(self) -> list[tuple[str, ...]]:
@@ -600,6 +612,7 @@ def _read_table(path: Path) -> Dataset:
                 offset=offset,
                 part=part,
                 confidence=_confidence(row, onset, where),
+                images=_images(root, row.get("image", ""), where),
             )
         )
     return _checked(records, root, path)
@@ -699,7 +712,8 @@ def _rows(
 def _checked(records: list[Record], root: Path, source: Path) -> Dataset:
     if not records:
         raise DataError(f"{source}: lists no recordings")
-    missing = sorted({record.file.relative_to(root).as_posix() for record in records if not record.file.is_file()})
+    listed = {path for record in records for path in (record.file, *record.images)}
+    missing = sorted(path.relative_to(root).as_posix() for path in listed if not path.is_file())
     if missing:
         raise DataError(f"{source}: {len(missing)} listed files are missing: {_some(missing)}")
     rows: dict[Path, list[Record]] = defaultdict(list)
@@ -716,8 +730,8 @@ def _checked(records: list[Record], root: Path, source: Path) -> Dataset:
             raise DataError(f"{source}: {name!r} has rows of different parts; a file is strong, weak or unlabelled")
         if len({(record.labels, record.onset, record.offset) for record in same}) < len(same):
             raise DataError(f"{source}: {name!r} has the same row twice")
-        if len({(record.speaker, record.fold, record.recording) for record in same}) > 1:
-            raise DataError(f"{source}: {name!r} has rows with different speakers, folds or recordings")
+        if len({(record.speaker, record.fold, record.recording, record.images) for record in same}) > 1:
+            raise DataError(f"{source}: {name!r} has rows with different speakers, folds, recordings or images")
     labels = tuple(sorted({label for record in records for label in record.labels + (record.absent or ())}))
     dataset = Dataset(tuple(records), labels, root)
     dataset.check_disjoint()
@@ -728,12 +742,21 @@ def _checked(records: list[Record], root: Path, source: Path) -> Dataset:
     return dataset
 
 
-def _inside(root: Path, name: str, where: str) -> Path:
+def _inside(root: Path, name: str, where: str, column: str = "file") -> Path:
     """Return ``root / name``; links are followed, but no name may climb out by itself."""
     parts = PurePosixPath(name).parts
     if Path(name).is_absolute() or ".." in parts or not parts or "\0" in name:
-        raise DataError(f"{where}: file {name!r} leads out of {root}; expected a path below it")
+        raise DataError(f"{where}: {column} {name!r} leads out of {root}; expected a path below it")
     return root.joinpath(*parts)
+
+
+def _images(root: Path, text: str, where: str) -> tuple[Path, ...]:
+    names = [name.strip() for name in text.split(";")] if text else []
+    if not all(names):
+        raise DataError(
+            f"{where}: got image {text!r}; expected a path, or several separated by ';', none of them empty"
+        )
+    return tuple(_inside(root, name, where, "image") for name in names)
 
 
 def _split_labels(text: str, where: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models_zoo.dataset import Dataset, read_dataset, read_split
+from models_zoo.dataset import Dataset, Record, read_dataset, read_split
 from models_zoo.errors import DataError, OutputExistsError
 
 
@@ -142,6 +142,21 @@ def test_files_of_one_recording(tmp_path: Path) -> None:
         assert set(split.select("test").class_counts().values()) == {6}
 
 
+def test_pictures_of_clips(tmp_path: Path) -> None:
+    folder_with(tmp_path, "a.wav", "b.wav", "c.wav", "pictures/a.png", "b_0.jpg", "b_1.jpg", "b_2.jpg")
+    text = "file,label,image\na.wav,dog,pictures/a.png\nb.wav,cat,b_0.jpg; b_1.jpg;b_2.jpg\nc.wav,cat,\n"
+    dataset = read_dataset(table(tmp_path, text))
+    assert [record.image for record in dataset.records] == [tmp_path / "pictures/a.png", tmp_path / "b_1.jpg", None]
+    assert dataset.records[1].images == tuple(tmp_path / f"b_{frame}.jpg" for frame in range(3))
+    assert dataset.by_file().records[1].images == dataset.records[1].images
+    assert read_dataset(table(tmp_path, "file,label\na.wav,dog\n")).records[0].image is None
+
+
+def test_of_ten_frames_the_sixth_is_looked_at() -> None:
+    frames = tuple(Path(f"{frame}.jpg") for frame in range(10))
+    assert Record(Path("a.wav"), ("dog",), images=frames).image == Path("5.jpg")
+
+
 def test_esc50(tmp_path: Path) -> None:
     folder_with(tmp_path, "audio/1-100-A-0.wav", "audio/2-7-B-14.wav", "audio/1-9-A-3.wav")
     text = (
@@ -188,7 +203,7 @@ def test_class_folders_below_splits(tmp_path: Path) -> None:
         ("file,label,absent\na.wav,dog,cat;dog\n", r"metadata\.csv:2: 'dog' is in 'label' and in 'absent'"),
         ("file,label,absent\na.wav,dog,cat;\n", "distinct names"),
         ("file,label,split,recording\na.wav,dog,train,1\nb.wav,dog,test,1\n", "'recording 1' in"),
-        ("file,label,recording,onset,offset\na.wav,dog,1,0,1\na.wav,dog,2,2,3\n", "different speakers, folds or rec"),
+        ("file,label,recording,onset,offset\na.wav,dog,1,0,1\na.wav,dog,2,2,3\n", "speakers, folds, recordings"),
         ("file,label\n,dog\n", "empty 'file'"),
         ("file,label\na.wav,dog;\n", "got label 'dog;'"),
         ("file,label\na.wav,dog;dog\n", "distinct"),
@@ -224,6 +239,12 @@ def test_class_folders_below_splits(tmp_path: Path) -> None:
         ("file,label,weights\na.wav,dog;cat,inf;-inf\n", "got weights 'inf;-inf'"),
         ("file,label,weights,onset,offset\na.wav,dog;cat,0.5;0.5,0,1\n", "leave out onset, offset and absent"),
         ("file,label,weights,absent\na.wav,dog;cat,0.5;0.5,cow\n", "leave out onset, offset and absent"),
+        ("file,label,image\na.wav,dog,x.png\nb.wav,dog,b.wav\n", "1 listed files are missing: 'x.png'"),
+        ("file,label,image\na.wav,dog,../x.png\n", r"metadata\.csv:2: image '../x.png' leads out of"),
+        ("file,label,image\na.wav,dog,/etc/hostname\n", "image '/etc/hostname' leads out of"),
+        ("file,label,image\na.wav,dog,b.wav;\n", "got image 'b.wav;'"),
+        ("file,label,image,split\na.wav,dog,b.wav,train\nb.wav,dog,b.wav,test\n", "'image b.wav' in"),
+        ("file,label,image,onset,offset\na.wav,dog,a.wav,0,1\na.wav,dog,b.wav,2,3\n", "recordings or images"),
     ],
 )
 def test_tables_that_are_refused(tmp_path: Path, text: str, words: str) -> None:
