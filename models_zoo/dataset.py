@@ -771,7 +771,7 @@ def _split_weights(text: str, labels: tuple[str, ...], where: str) -> tuple[floa
     try:
         weights = [float(weight) for weight in text.split(";")]
     except ValueError:
-        weights = []
+        raise DataError(f"{where}: got weights {text!r}; expected {len(labels)}, numbers separated by ';'") from None
     total = sum(weights)
     # Written so that NaN fails as well.
     if len(weights) != len(labels) or not all(weight >= 0 for weight in weights) or not abs(total - 1) <= 1e-3:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from models_zoo.errors import OutputExistsError, OutputWriteError
@@ -60,19 +60,29 @@ def check_writable(path: str | Path, *, force: bool = False) -> Path:
         raise OutputWriteError(f"cannot write {path}: it is a folder; name a file inside it")
     if os.path.exists(path) and not force:
         raise OutputExistsError(f"{path} exists; pass --force (force=True) to replace it, or choose another name")
+    missing = [folder for folder in (path.parent, *path.parent.parents) if not os.path.isdir(folder)]
+    _make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputWriteError(f"cannot make the folder {path.parent}: {error.strerror or error}") from error
-    try:
-        os.lstat(path.with_name(_partial_name(path)))
-    except FileNotFoundError:
-        pass
+        with suppress(FileNotFoundError):
+            os.lstat(path.with_name(_partial_name(path)))
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise OutputWriteError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not os.access(path.parent, os.W_OK):
+    finally:
+        writable = os.access(path.parent, os.W_OK)
+        # Work that is refused later, for another reason, should leave no empty folder.
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+    if not writable:
         raise OutputWriteError(f"cannot write into {path.parent}: no permission; choose another folder")
     return path
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputWriteError(f"cannot make the folder {folder}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -87,6 +97,7 @@ def replacing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         OutputWriteError: the operating system refused the write (full disk, permissions).
     """
     path = check_writable(path, force=force)
+    _make_folder(path.parent)
     _remove_abandoned(path)
     partial = path.with_name(_partial_name(path))
     try:
@@ -127,6 +138,7 @@ def replacing_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]
         OutputWriteError: the operating system refused the write (full disk, permissions).
     """
     path = check_folder_writable(path, force=force)
+    _make_folder(path.parent)
     _remove_abandoned(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.partial.old")

@@ -41,6 +41,16 @@ def test_refuses_what_exists_and_what_cannot_be_written(tmp_path: Path) -> None:
     assert target.read_bytes() == b"old"
 
 
+def test_asking_leaves_no_folder_behind(tmp_path: Path) -> None:
+    target = tmp_path / "runs" / "mine" / "out.bin"
+    assert check_writable(target) == target
+    assert os.listdir(tmp_path) == []
+    with replacing(target) as partial:
+        partial.write_bytes(b"new")
+    assert target.read_bytes() == b"new"
+    assert check_writable(target.with_name("other.bin")).parent.is_dir()
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputWriteError, match="No space left"), replacing(tmp_path / "out.bin") as partial:
         partial.write_bytes(b"half")
