@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,13 @@ from models_zoo.audio import load_audio
 from models_zoo.dataset import Dataset, Record
 from models_zoo.ensembles import fit_weights
 from models_zoo.errors import DataError, ModelFileError, WaveformError
+from models_zoo.events import EventOptions, FrameGrid
+from models_zoo.prediction import Prediction
+from models_zoo.sed_metrics import WITHOUT_EXTRA, Answer, SceneScores, has_sed_extra
 
 __all__ = ["Comparison", "Report", "best_weights", "compare_members", "comparison_lines", "evaluate", "report_lines"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +38,12 @@ class Report:
         num_clips: recordings scored.
         measures: name -> value; ``accuracy`` and ``balanced_accuracy`` where every recording has one label. Of a model
             of distributions ``kl_divergence``, and ``kl_divergence_uniform``: what it would be if every answer were
-            that all classes are alike.
+            that all classes are alike. Of one for event detection see
+            :meth:`models_zoo.sed_metrics.SceneScores.metrics`.
         per_class: per label its number of recordings (``clips``), ``average_precision``, ``auc`` and, with one label
             per recording, ``recall`` and ``precision``; NaN where a class has none. Of a model of distributions the
-            recordings it has a share in, its ``mean_weight``, and the ``mean_answer``.
+            recordings it has a share in, its ``mean_weight``, and the ``mean_answer``. Of one for event detection see
+            :meth:`models_zoo.sed_metrics.SceneScores.per_class`.
         confusion: ``(num_classes, num_classes)`` counts, rows the truth, or None with several labels.
         by_clip: (name of a measure that is a mean over recordings, its value for each ``(num_clips,)``), or None.
     """
@@ -170,6 +178,9 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
     that the data leaves unknown (column ``absent``) count neither for nor against the model. A progress bar is shown
     on standard error where that is a terminal.
 
+    A model for event detection is scored by what it says of whole files and when: by the events of ``strong`` ones and
+    the classes of those and of ``weak`` ones, as far as it hears them.
+
     Raises:
         DataError: the data has labels the model does not have, or no recordings; or, for a model of distributions,
             recordings of several labels without weights.
@@ -177,6 +188,8 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
     """
     labels = _matching_labels(classifier, dataset)
     dataset = dataset.with_labels(labels)
+    if classifier.card.task == "event_detection":
+        return _detection_report(classifier, dataset)
     distributed = classifier.card.task == "label_distribution"
     targets = dataset.distributions() if distributed else dataset.multi_hot().astype(np.int64)
     known = dataset.known()
@@ -210,6 +223,32 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
             per_class[label]["recall"] = right / asked if asked else float("nan")
             per_class[label]["precision"] = right / answered if answered else float("nan")
     return Report(labels, len(dataset), measures, per_class, confusion, by_clip)
+
+
+def _detection_report(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
+    answers, cut = {}, 0
+    files = {record.file: record for record in dataset.records if record.part != "unlabelled"}
+    for record in tqdm(files.values(), unit="file", file=sys.stderr, disable=None):
+        clip = load_audio(record.file, classifier.frontend.spec, max_seconds=classifier.max_seconds)
+        says = _predicted(classifier, record, clip)
+        if says.frame_probabilities is None:
+            raise DataError(f"{record.file}: is scored in several parts; cut it, or use a model that takes it whole")
+        cut += says.end < len(clip) / classifier.sample_rate
+        answers[dataset.name_of(record)] = Answer(says.frame_probabilities, says.probabilities, says.end)
+    if cut:
+        _log.warning(
+            "note: model %r takes %g s; of %d longer recordings the rest is not scored",
+            classifier.card.name,
+            (classifier.card.length_policy.max or 0) / classifier.sample_rate,
+            cut,
+        )
+    scores = SceneScores.of(dataset, answers, classifier.labels, FrameGrid.of(classifier.card))
+    if not has_sed_extra():
+        _log.warning("%s", WITHOUT_EXTRA)
+    options = EventOptions.of(classifier.card)
+    return Report(
+        classifier.labels, len(scores.targets), scores.metrics(options), scores.per_class(options), confusion=None
+    )
 
 
 def _distribution_report(labels: tuple[str, ...], targets: NDArray[Any], scores: NDArray[np.float32]) -> Report:
@@ -264,9 +303,12 @@ def _scores(classifier: TFAudioClassifier, dataset: Dataset) -> NDArray[np.float
 
 
 def _probabilities(classifier: TFAudioClassifier, record: Record) -> NDArray[np.float32]:
-    clip = _clip(classifier, record)
+    return _predicted(classifier, record, _clip(classifier, record)).probabilities
+
+
+def _predicted(classifier: TFAudioClassifier, record: Record, clip: NDArray[np.float32]) -> Prediction:
     try:
-        return cast(NDArray[np.float32], classifier.predict(clip).probabilities)
+        return cast(Prediction, classifier.predict(clip))
     except (ModelFileError, WaveformError) as error:
         error.args = (f"{record.file}: {error}",)
         raise
@@ -278,12 +320,13 @@ def report_lines(report: Report) -> Iterator[str]:
     for name, value in report.measures.items():
         yield f"{name:<{width}} {value:.4f}"
     columns = ["clips", "recall", "precision", "average_precision", "auc", "mean_weight", "mean_answer"]
+    columns += ["clip_f1", "events", "found", "event_f1"]
     columns = [column for column in columns if column in next(iter(report.per_class.values()))]
     width = max(len("class"), *(len(label) for label in report.labels))
     yield ""
     yield "  ".join([f"{'class':<{width}}", *columns])
     for label, row in report.per_class.items():
-        cells = [f"{row['clips']:.0f}" if name == "clips" else f"{row[name]:.4f}" for name in columns]
+        cells = [f"{row[name]:.0f}" if name in ("clips", "events", "found") else f"{row[name]:.4f}" for name in columns]
         yield "  ".join([f"{label:<{width}}", *(f"{c:>{len(n)}}" for c, n in zip(cells, columns, strict=True))])
 
 

@@ -27,6 +27,7 @@ from models_zoo.filterbanks import analysis_tables
 from models_zoo.metrics import kl_divergence
 from models_zoo.prediction import Event, Prediction
 from models_zoo.reference import ReferenceFrontend
+from models_zoo.sed_metrics import Answer, SceneScores
 from models_zoo.specs import STAGES, FrontendSpec
 from parity_tests import tolerances
 from parity_tests.feature_rule import FeatureDifference, Levels, difference_by_level, mel_levels
@@ -79,6 +80,7 @@ class ParityReport:
         accuracy: (torch, production) share of right decisions, None without labels or for other tasks.
         unreadable: clips that neither path could read, with the reason.
         divergence: (torch, production) mean KL divergence of a model of distributions, on clips of known weights.
+        detection: measure -> (torch, production) of a model for event detection, on clips whose events are known.
     """
 
     stages: list[StageReport]
@@ -87,6 +89,7 @@ class ParityReport:
     accuracy: tuple[float, float] | None
     unreadable: list[tuple[str, str]]
     divergence: tuple[float, float] | None = None
+    detection: dict[str, tuple[float, float]] | None = None
 
     @property
     def first_failure(self) -> StageReport | None:
@@ -108,6 +111,9 @@ class ParityReport:
             "changed_decisions": [dict(zip(("clip", "torch", "production"), row, strict=True)) for row in self.changed],
             "accuracy": _both(self.accuracy),
             "divergence": _both(self.divergence),
+            "detection": None
+            if self.detection is None
+            else {name: _both((_finite(pair[0]), _finite(pair[1]))) for name, pair in self.detection.items()},
             "unreadable": [dict(zip(("clip", "reason"), row, strict=True)) for row in self.unreadable],
             # JSON has no infinity: a stage that cannot be measured, e.g. for its shape, has no number.
             "stages": [{**vars(stage), "worst": _finite(stage.worst)} for stage in self.stages],
@@ -124,6 +130,7 @@ class ParityReport:
             lines.append(f"accuracy: torch {self.accuracy[0]:.4f}, production {self.accuracy[1]:.4f}")
         if self.divergence is not None:
             lines.append(f"KL divergence: torch {self.divergence[0]:.6f}, production {self.divergence[1]:.6f}")
+        lines += [f"{name}: torch {a:.6f}, production {b:.6f}" for name, (a, b) in (self.detection or {}).items()]
         lines += [
             f"  changed: {clip}: torch {torch_says}, production {tf_says}"
             for clip, torch_says, tf_says in self.changed[:10]
@@ -164,7 +171,10 @@ class TorchPath:
     def predict(self, waveform: NDArray[np.float32]) -> Prediction:
         """Return the answer for ``(num_samples,)`` float32."""
         events = EventOptions() if self.card.task == "event_detection" else None
-        return decode(self.card, self.outputs(waveform), end=len(waveform) / self.spec.sample_rate, events=events)
+        heard = len(waveform)
+        if self.card.length_policy.long == "crop":
+            heard = min(heard, self.card.length_policy.max or heard)
+        return decode(self.card, self.outputs(waveform), end=heard / self.spec.sample_rate, events=events)
 
 
 def _frontend_of(card: ModelCard) -> FrontendSpec:
@@ -299,22 +309,24 @@ def run_parity(
     """
     research = TorchPath(checkpoint)
     dataset = read_dataset(data)
-    records = list(
-        {record.file: record for record in (dataset.select(split=split) if split else dataset).records}.values()
-    )
+    dataset = dataset.select(split=split) if split else dataset
+    records = list({record.file: record for record in dataset.records}.values())
     if limit is not None and len(records) > limit:
         records = [records[round(i)] for i in np.linspace(0, len(records) - 1, limit)]
     with TFAudioClassifier(onnx, threads=1) as production:
-        return _run(research, production, replace(dataset, records=tuple(records)), progress)
+        return _run(research, production, dataset, records, progress)
 
 
-def _run(research: TorchPath, production: TFAudioClassifier, dataset: Dataset, progress: bool) -> ParityReport:
-    after = ("events",) if research.card.task == "event_detection" else ()
+def _run(
+    research: TorchPath, production: TFAudioClassifier, dataset: Dataset, records: Sequence[Record], progress: bool
+) -> ParityReport:
+    """Compare the files of ``records``, of which ``dataset`` knows all stretches."""
+    after = ("events", "measures") if research.card.task == "event_detection" else ()
     reports = {name: StageReport(name) for name in ("decode", *STAGES, "logits", "probabilities", "decisions", *after)}
     limit = tolerances.paths_limit(research.spec)
     rows: list[tuple[str, Prediction, Prediction, Record]] = []
     unreadable = []
-    for record in tqdm(dataset.records, desc="parity", unit="clip", disable=not progress):
+    for record in tqdm(records, desc="parity", unit="clip", disable=not progress):
         clip = str(record.file)
         try:
             waveform = load_audio(record.file, research.spec)
@@ -331,6 +343,10 @@ def _run(research: TorchPath, production: TFAudioClassifier, dataset: Dataset, p
             continue
         rows.append((clip, torch_says, tf_says, record))
     changed = _score(rows, research.card, reports)
+    detection = _detection(rows, research.card, dataset)
+    for name, (ours, theirs) in (detection or {}).items():
+        apart = 0.0 if math.isnan(ours) and math.isnan(theirs) else abs(ours - theirs)
+        reports["measures"].add(name, _ratio(apart, tolerances.DETECTION), f"{name} differs by {apart:.1e}")
     distributed = research.card.task == "label_distribution"
     return ParityReport(
         list(reports.values()),
@@ -339,6 +355,7 @@ def _run(research: TorchPath, production: TFAudioClassifier, dataset: Dataset, p
         None if distributed else _accuracy(rows, research.card),
         unreadable,
         _divergence(rows, research.card, dataset) if distributed else None,
+        detection,
     )
 
 
@@ -365,7 +382,7 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _both(pair: tuple[float, float] | None) -> dict[str, float] | None:
+def _both(pair: tuple[float | None, float | None] | None) -> dict[str, float | None] | None:
     return None if pair is None else dict(zip(("torch", "production"), pair, strict=True))
 
 
@@ -457,6 +474,27 @@ def _decision(prediction: Prediction, card: ModelCard) -> tuple[str, ...]:
         for label, probability in zip(prediction.labels, prediction.probabilities, strict=True)
         if probability >= thresholds.get(label, 0.5)
     )
+
+
+def _detection(
+    rows: Sequence[tuple[str, Prediction, Prediction, Record]], card: ModelCard, dataset: Dataset
+) -> dict[str, tuple[float, float]] | None:
+    """Return measure -> (torch, production), or None where no events are known, or some that the model does not."""
+    labels = card.labels or ()
+    files = {row[3].file for row in rows if row[3].part != "unlabelled"}
+    known = replace(dataset, records=tuple(record for record in dataset.records if record.file in files))
+    if card.task != "event_detection" or not set(dataset.labels) <= set(labels) or not any(known.events().values()):
+        return None
+    options, grid, values = EventOptions.of(card), FrameGrid.of(card), []
+    for place in (1, 2):
+        answers = {}
+        for row in rows:
+            says: Prediction = row[place]
+            if says.frame_probabilities is None:
+                return None
+            answers[dataset.name_of(row[3])] = Answer(says.frame_probabilities, says.probabilities, says.end)
+        values.append(SceneScores.of(known, answers, labels, grid).metrics(options))
+    return {name: (values[0][name], values[1][name]) for name in values[0]}
 
 
 def _divergence(

@@ -21,6 +21,7 @@ from train_torch.data import Batch, ClipData, evaluation_loader
 from train_torch.losses import Task, clip_loss
 from train_torch.models.ensemble import Ensemble, load_ensemble
 from train_torch.recipes import Recipe
+from train_torch.sed_evaluation import Detection, evaluate_detector
 
 __all__ = ["Device", "Evaluation", "accelerator_of", "collect", "evaluate", "score_clips"]
 
@@ -227,8 +228,10 @@ def evaluate(
     hold_out: tuple[str, ...] = (),
     device: Device = "auto",
     progress: bool = True,
-) -> Evaluation:
+) -> Evaluation | Detection:
     """Return the evaluation of a checkpoint on labelled recordings, each clip at its own length.
+
+    Of a model for event detection, how good its events are, see :func:`train_torch.sed_evaluation.evaluate_detector`.
 
     Args:
         checkpoint: ``.safetensors``, a published file, or the name of a published model; of several, the mean of
@@ -248,6 +251,9 @@ def evaluate(
     paths = [checkpoint] if isinstance(checkpoint, (str, Path)) else list(checkpoint)
     ensemble = load_ensemble(paths, card, checkpoints=checkpoints)[0]
     model = ensemble.card
+    if model.task == "event_detection" and model.labels is not None and len(paths) == 1 and not hold_out:
+        detector = cast(nn.Module, ensemble.models[0])
+        return evaluate_detector(detector, model, data, split=split, device=target, progress=progress)
     if model.labels is None or model.task not in get_args(Task):
         raise CheckpointError(f"{paths[0]}: task {model.task!r} without clip labels cannot be evaluated")
     dataset = read_dataset(data).by_file()

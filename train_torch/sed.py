@@ -19,7 +19,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,16 +26,15 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from models_zoo.cards import LengthPolicy, ModelCard
 from models_zoo.errors import SpecError
-from models_zoo.events import EventOptions, decode_events, filter_scores
+from models_zoo.events import EventOptions
 from models_zoo.files import replacing
 from models_zoo.presets import get_frontend
-from models_zoo.sed_metrics import clip_f1, detection_metrics, has_sed_extra, intersection_f1
+from models_zoo.sed_metrics import WITHOUT_EXTRA, has_sed_extra
 from models_zoo.specs import FrontendSpec
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
 from train_torch.data import count_table
@@ -59,12 +57,11 @@ from train_torch.run_folder import (
     prepare_run_folder,
     split_hash_of,
 )
-from train_torch.sed_data import SceneBatch, SceneData, SceneDataModule, read_scenes, scene_loader
+from train_torch.sed_data import SceneBatch, SceneData, SceneDataModule, read_scenes
+from train_torch.sed_evaluation import evaluate_scenes, known_classes, scene_scores
 
 __all__ = [
     "MeanTeacher",
-    "SceneScores",
-    "evaluate_scenes",
     "fit_sed",
     "learning_rate_factor",
     "mixed",
@@ -147,57 +144,6 @@ def shifted(mel: Tensor, strong: Tensor, shifts: Sequence[int], hop: int) -> tup
     return torch.stack(moved), torch.stack(targets)
 
 
-@dataclass(frozen=True, eq=False)
-class SceneScores:
-    """What a network answers to the clips of a split.
-
-    Attributes:
-        data: the clips.
-        strong: ``(num_clips, num_classes, frames)`` float32, as the network returned them.
-        weak: ``(num_clips, num_classes)`` float32.
-    """
-
-    data: SceneData
-    strong: NDArray[np.float32]
-    weak: NDArray[np.float32]
-
-    def smoothed(self, options: EventOptions) -> dict[str, NDArray[np.float32]]:
-        """Return strong file -> ``(num_classes, frames)`` scores behind the median filters of ``options``."""
-        lengths = options.median_frames(self.data.labels, self.data.grid)
-        rows = (index for index, part in enumerate(self.data.parts) if part == "strong")
-        return {self.data.files[row]: filter_scores(self.strong[row], lengths) for row in rows}
-
-    def selection(self, options: EventOptions) -> dict[str, float]:
-        """Return ``weak_f1`` and ``intersection_f1``, by which the best epoch is chosen; nan where nothing is known."""
-        known = self.data.known_labels()
-        found = {}
-        plain = options.replace(median_filters=None)
-        for name, scores in self.smoothed(options).items():
-            events = decode_events(scores, self.data.labels, self.data.grid, plain, end=self.data.recipe.seconds)
-            found[name] = [(event.label, event.onset, event.offset) for event in events]
-        threshold = options.per_class("thresholds", self.data.labels)[0]
-        return {
-            "weak_f1": clip_f1(self.data.weak_targets()[known], self.weak[known], threshold=threshold),
-            "intersection_f1": intersection_f1(self.data.events(), found),
-        }
-
-    def metrics(self, options: EventOptions) -> dict[str, float]:
-        """Return :meth:`selection` and, where the extra ``sed`` is installed, the published metrics."""
-        values = self.selection(options)
-        truth = self.data.events()
-        if not any(truth.values()):
-            return values
-        if not has_sed_extra():
-            _log.info("note: PSDS and other metrics of events need the extra sed: pip install 'crossfade[sed]'")
-            return values
-        smoothed = self.smoothed(options)
-        times = np.arange(self.strong.shape[2] + 1) * self.data.grid.seconds
-        durations = dict(zip(self.data.files, self.data.durations, strict=True))
-        threshold = options.per_class("thresholds", self.data.labels)[0]
-        scores = {name: one.T for name, one in smoothed.items()}
-        return values | detection_metrics(scores, times, self.data.labels, truth, durations, threshold=threshold)
-
-
 class MeanTeacher(lightning.LightningModule):
     """A student and its teacher behind their front end.
 
@@ -235,7 +181,7 @@ class MeanTeacher(lightning.LightningModule):
         rng = np.random.default_rng((self.recipe.seed, self.global_step))
         torch.manual_seed(int(rng.integers(2**62)))
         mel, strong, weak = self._augmented(batch, rng)
-        inputs = {"features": self.frontend.from_mel(mel), **_masks(batch)}
+        inputs = {"features": self.frontend.from_mel(mel), **known_classes(batch)}
         answer = self.student(**inputs)
         frames = min(answer["strong"].shape[2], strong.shape[2])
         losses = self._supervised(answer, strong, weak, frames)
@@ -313,7 +259,7 @@ class MeanTeacher(lightning.LightningModule):
 
     def validation_step(self, batch: SceneBatch, batch_idx: int) -> None:
         """Keep the answers to a batch."""
-        inputs = {"features": self.frontend.from_mel(batch.mel), **_masks(batch)}
+        inputs = {"features": self.frontend.from_mel(batch.mel), **known_classes(batch)}
         answers = {
             stem: {name: value.float().cpu() for name, value in network(**inputs).items()}
             for stem, network in self.networks.items()
@@ -327,7 +273,7 @@ class MeanTeacher(lightning.LightningModule):
         options = EventOptions.of(self.card)
         for stem in self.networks:
             answers = [answers[stem] for _, answers in self._scored]
-            values = _scores(self.validation, answers).selection(options)
+            values = scene_scores(self.validation, answers).selection(options)
             for name, value in values.items():
                 self.log(f"val_{name}" if stem == "model" else f"val_teacher_{name}", value)
             if stem == "model":
@@ -356,34 +302,6 @@ def _entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Return the mean binary cross-entropy, in float32 also where the network answers in half precision."""
     with torch.autocast(device_type=probabilities.device.type, enabled=False):
         return functional.binary_cross_entropy(probabilities.float(), targets.float())
-
-
-def _masks(batch: SceneBatch) -> dict[str, Tensor]:
-    """Return the mask of valid classes, where not all are."""
-    return {} if bool(batch.valid.all()) else {"classes_mask": batch.valid}
-
-
-def _scores(data: SceneData, answers: Sequence[Mapping[str, Tensor]]) -> SceneScores:
-    strong, weak = (torch.cat([answer[name] for answer in answers]).numpy() for name in ("strong", "weak"))
-    return SceneScores(data, strong[:, :, : data.grid.offset_frame(data.recipe.seconds)], weak)
-
-
-@torch.no_grad()
-def evaluate_scenes(model: nn.Module, data: SceneData, *, device: torch.device | str = "cpu") -> SceneScores:
-    """Return what a network answers to clips, each heard from its beginning.
-
-    Args:
-        model: takes ``features``; put into evaluation mode.
-        data: the clips.
-        device: where to compute.
-    """
-    model = model.eval().to(device)
-    answers = []
-    for batch in scene_loader(data):
-        moved = batch.to(device)
-        features = data.frontend.to(device).from_mel(moved.mel)
-        answers.append({name: value.float().cpu() for name, value in model(features=features, **_masks(moved)).items()})
-    return _scores(data, answers)
 
 
 def fit_sed(
@@ -510,6 +428,8 @@ def fit_sed(
     if test and any(record.split == "test" for record in files.records):
         splits["test"] = SceneData(scenes.select("test"), card, recipe, cache_gib=cache_gib, progress=progress)
     options = EventOptions.of(card)
+    if not has_sed_extra():
+        _log.info("%s", WITHOUT_EXTRA)
     for stem in learner.networks:
         best = load_checkpoint(folder / f"{stem}.safetensors")
         measured: dict[str, float] = {}

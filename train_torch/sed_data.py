@@ -213,28 +213,6 @@ class SceneData(torch.utils.data.Dataset[SceneBatch]):
         mel, strong, weak = (torch.stack(parts) for parts in zip(*clips, strict=True))
         return SceneBatch(mel, strong, weak, self.valid[index], index)
 
-    def known_labels(self) -> NDArray[np.bool_]:
-        """Return ``(num_clips,)``, whether the classes of a clip are known: of all but unlabelled ones."""
-        return np.array([part != "unlabelled" for part in self.parts])
-
-    def weak_targets(self) -> NDArray[np.float32]:
-        """Return ``(num_clips, num_classes)`` of 0 and 1, over whole clips."""
-        index = {label: number for number, label in enumerate(self.labels)}
-        targets = np.zeros((len(self), len(self.labels)), np.float32)
-        for row, (_, same) in enumerate(self._rows):
-            for record in same:
-                if record.confidence > 0.5:
-                    targets[row, [index[label] for label in record.labels]] = 1
-        return targets
-
-    def events(self) -> dict[str, tuple[tuple[str, float, float], ...]]:
-        """Return strong file -> its events within the clip's first ``seconds``, which evaluation hears."""
-        heard = {}
-        for name, events in self.scenes.dataset.events().items():
-            cut = ((label, onset, min(offset, self.recipe.seconds)) for label, onset, offset in events)
-            heard[name] = tuple(event for event in cut if event[1] < event[2])
-        return heard
-
     def _clip(self, index: int, epoch: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return mel values and targets of one clip."""
         mel, start = self._kept[index], 0

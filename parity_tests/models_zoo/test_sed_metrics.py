@@ -11,8 +11,18 @@ import numpy as np
 import pytest
 
 from models_zoo import sed_metrics
+from models_zoo.dataset import Dataset, Record
 from models_zoo.errors import DataError, MissingDependencyError
-from models_zoo.sed_metrics import METRICS, clip_f1, detection_metrics, has_sed_extra, intersection_f1
+from models_zoo.events import EventOptions, FrameGrid
+from models_zoo.sed_metrics import (
+    METRICS,
+    Answer,
+    SceneScores,
+    clip_f1,
+    detection_metrics,
+    has_sed_extra,
+    intersection_f1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +107,70 @@ def test_clip_f1_by_hand() -> None:
     # Class 0: one of two found, one false alarm; class 1 right; class 2 never occurs.
     assert clip_f1(targets, scores) == pytest.approx((0.5 + 1) / 2)
     assert clip_f1(targets, scores, threshold=0.95) == 0
+    assert clip_f1(targets, scores, threshold=[0.5, 0.65, 0.5]) == pytest.approx((0.5 + 2 / 3) / 2)
     with pytest.raises(DataError, match="num_clips, num_classes"):
         clip_f1(targets, scores[:2])
+
+
+GRID = FrameGrid(sample_rate=1000, hop=100)
+
+ROWS = (
+    Record(Path("a.wav"), ("cat",), onset=0.2, offset=0.6, part="strong"),
+    Record(Path("a.wav"), ("dog",), onset=0.6, offset=0.8, part="strong", confidence=0.4),
+    Record(Path("b.wav"), ("dog",), onset=0.3, offset=2.0, part="strong"),
+    Record(Path("c.wav"), ("cat", "dog"), part="weak"),
+    Record(Path("d.wav"), (), part="unlabelled", absent=()),
+)
+
+
+def scene_scores(*, found: float = 0.9) -> SceneScores:
+    """Of four clips of 1 s, of which b was heard for half a second; the answers are the truth and a frame beyond."""
+    strong = {name: np.full((2, 11), 0.1, np.float32) for name in "abcd"}
+    strong["a"][0, 2:6] = strong["b"][1, 3:] = found
+    weak = {"a": (found, 0.1), "b": (0.1, found), "c": (found, found), "d": (found, found)}
+    answers = {
+        f"{name}.wav": Answer(strong[name], np.array(weak[name], np.float32), 0.5 if name == "b" else 1.0)
+        for name in "abcd"
+    }
+    return SceneScores.of(Dataset(ROWS, ("cat", "dog"), Path()), answers, ("cat", "dog"), GRID)
+
+
+def test_scenes_are_scored_by_what_is_known_of_them() -> None:
+    scores = scene_scores()
+    assert scores.truth == {"a.wav": (("cat", 0.2, 0.6),), "b.wav": (("dog", 0.3, 0.5),)}
+    assert {name: one.shape[1] for name, one in scores.strong.items()} == {"a.wav": 10, "b.wav": 5}
+    np.testing.assert_array_equal(scores.targets, [[1, 0], [0, 1], [1, 1]])  # half sure is no event
+    assert scores.selection(EventOptions()) == {"weak_f1": 1, "intersection_f1": 1}
+    rows = scores.per_class(EventOptions(thresholds={"cat": 0.95}))
+    assert rows == {
+        "cat": {"clips": 2, "clip_f1": 0, "events": 1, "found": 0, "event_f1": 0},
+        "dog": {"clips": 2, "clip_f1": 1, "events": 1, "found": 1, "event_f1": 1},
+    }
+    with pytest.raises(DataError, match="got no answer"):
+        SceneScores.of(Dataset(ROWS, ("cat", "dog"), Path()), {}, ("cat", "dog"), GRID)
+
+
+@pytest.mark.sed
+def test_scenes_of_unequal_lengths_have_the_published_figures() -> None:
+    values = scene_scores().metrics(EventOptions())
+    assert set(values) == {"weak_f1", *METRICS}
+    assert values["collar_f1"] == values["intersection_f1"] == values["segment_f1"] == 1
+    assert values["psds2"] == pytest.approx(1)
+    some = scene_scores().metrics(EventOptions(thresholds={"cat": 0.95}))
+    assert some["collar_f1"] == some["intersection_f1"] == 0.5
 
 
 def test_files_must_be_the_same() -> None:
     with pytest.raises(DataError, match="different files"):
         intersection_f1({"a": []}, {"b": []})
+
+
+@pytest.mark.sed
+def test_one_class_alone_is_measured() -> None:
+    scores, times = {"a": np.repeat([[0.1], [0.9], [0.2]], 10, axis=0)}, np.arange(31) * 0.1
+    values = detection_metrics(scores, times, ["dog"], {"a": [("dog", 1.0, 2.0)]}, {"a": 3.0})
+    assert values["psds1"] == pytest.approx(1)
+    assert values["psds2"] == pytest.approx(1)
 
 
 @pytest.mark.sed

@@ -9,15 +9,21 @@ import pytest
 import torch
 
 from export.exporter import export_onnx
+from infer_tf import TFAudioClassifier
+from infer_tf.evaluation import evaluate
 from models_zoo.audio import load_audio
+from models_zoo.cards import LengthPolicy
+from models_zoo.dataset import Dataset, Record, read_dataset
 from models_zoo.decoding import decode
 from models_zoo.events import EventOptions
 from models_zoo.presets import get_frontend
+from models_zoo.sed_metrics import has_sed_extra
 from models_zoo.soundscapes import CLASSES, write_soundscapes
 from parity_tests.infer_tf.tiny import EVENT_LABELS, event_card
 from parity_tests.networks import card_of
-from parity_tests.parity import StageReport, TorchPath, _compare_events, _score, run_parity
+from parity_tests.parity import StageReport, TorchPath, _compare_events, _detection, _score, run_parity
 from train_torch.checkpoint import save_checkpoint
+from train_torch.evaluation import evaluate as evaluate_trained
 from train_torch.models import create_model
 
 CARD = event_card(thresholds=dict.fromkeys(EVENT_LABELS, 0.5), median_filters=dict.fromkeys(EVENT_LABELS, 0.192))
@@ -62,10 +68,10 @@ def test_events_that_differ_for_another_reason_fail(scores):
     assert _compare_events(ours, missing, CARD)[0] == np.inf
 
 
-@pytest.mark.slow
-def test_from_the_file_to_the_events(tmp_path):
-    """A small network of random weights whose thresholds lie amid its scores."""
-    write_soundscapes(tmp_path / "sounds", num_clips=3, seconds=2.0, sample_rate=16000, events_per_clip=3)
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A folder with a small network of random weights whose thresholds lie amid its scores, and its export."""
+    folder = tmp_path_factory.mktemp("detector")
     torch.manual_seed(0)
     model = create_model("crnn", num_classes=len(CLASSES), filters=(8,) * 7, rnn_size=8, rnn_layers=1).eval()
     card = card_of(model, "crnn", task="event_detection", labels=CLASSES)
@@ -74,14 +80,55 @@ def test_from_the_file_to_the_events(tmp_path):
         middle = model(features=features)["strong"][0].median(dim=1).values.tolist()
     card = card.replace(
         frontend=get_frontend("dcase_2023"),
+        length_policy=LengthPolicy(min=32000, max=32000, short="zero", long="crop"),
         thresholds=dict(zip(CLASSES, middle, strict=True)),
         median_filters=dict.fromkeys(CLASSES, 0.192),
     )
-    save_checkpoint(tmp_path / "m.safetensors", model, card)
-    export_onnx(model, card, tmp_path / "m.onnx")
-    report = run_parity(tmp_path / "m.onnx", tmp_path / "m.safetensors", tmp_path / "sounds", progress=False)
+    save_checkpoint(folder / "m.safetensors", model, card)
+    export_onnx(model, card, folder / "m.onnx")
+    return folder
+
+
+@pytest.mark.slow
+def test_from_the_file_to_the_events(detector, tmp_path):
+    """Of clips as long as the model takes, shorter and longer; the truth is what the research path finds in them."""
+    data = tmp_path / "sounds"
+    for index, seconds in enumerate((2.0, 1.5, 2.5)):
+        part = tmp_path / str(index)
+        write_soundscapes(part, num_clips=1, seconds=seconds, sample_rate=16000, events_per_clip=3, seed=index)
+        data.mkdir(exist_ok=True)
+        (part / "audio" / "00000.wav").rename(data / f"{index}.wav")
+    research = TorchPath(detector / "m.safetensors")
+    found = {f"{i}.wav": research.predict(load_audio(data / f"{i}.wav", research.spec)).events for i in range(3)}
+    assert all(found.values())
+    rows = [f"{name},{e.label},{e.onset},{e.offset},test" for name, events in found.items() for e in events]
+    (data / "metadata.csv").write_text("\n".join(["file,label,onset,offset,split", *rows]) + "\n")
+    report = run_parity(detector / "m.onnx", detector / "m.safetensors", data, split="test", progress=False)
     assert report.passed, f"\n{report}"
-    assert [stage.stage for stage in report.stages][-1] == "events"
+    assert [stage.stage for stage in report.stages][-2:] == ["events", "measures"]
     assert report.num_clips == 3
-    heard = load_audio(tmp_path / "sounds" / "audio" / "00000.wav", card.frontend)
-    assert len(TorchPath(tmp_path / "m.safetensors").predict(heard).events) > 5
+    assert report.detection["intersection_f1"] == (1, 1)
+    assert "intersection_f1: torch 1.000000, production 1.000000" in str(report)
+    with TFAudioClassifier(detector / "m.onnx", threads=1) as served:
+        measured = evaluate(served, read_dataset(data)).measures
+    trained = evaluate_trained(detector / "m.safetensors", data, split="test", progress=False)
+    for measures in (measured, trained.measures):
+        assert measures == pytest.approx(
+            {name: pair[0] for name, pair in report.detection.items()}, abs=1e-3, nan_ok=True
+        )
+    if has_sed_extra():
+        assert report.detection["psds1"][0] > 0.3
+
+
+def test_measures_that_differ_fail(scores, tmp_path):
+    dataset = Dataset(
+        (Record(tmp_path / "a.wav", (EVENT_LABELS[0],), onset=0.64, offset=1.28, part="strong"),),
+        EVENT_LABELS,
+        tmp_path,
+    )
+    right = scores * 0.4
+    right[0, 10:20] = 0.9
+    row = ("a.wav", answer(right), answer(scores * 0.4), dataset.records[0])
+    ours, theirs = _detection([row], CARD, dataset)["intersection_f1"]
+    assert (ours, theirs) == (1, 0)
+    assert _detection([row], CARD, replace(dataset, labels=("stranger",))) is None

@@ -18,6 +18,7 @@ from models_zoo.errors import DataError, MissingDependencyError, OutputExistsErr
 from models_zoo.events import EventOptions
 from models_zoo.presets import get_frontend
 from models_zoo.scenes import SceneSettings, write_scenes
+from models_zoo.sed_metrics import SceneScores
 from train_torch import sed
 from train_torch.__main__ import main
 from train_torch.checkpoint import load_checkpoint
@@ -27,8 +28,6 @@ from train_torch.recipes import Recipe, get_recipe
 from train_torch.recipes.sed import BatchGroup, SedRecipe
 from train_torch.sed import (
     MeanTeacher,
-    SceneScores,
-    evaluate_scenes,
     fit_sed,
     learning_rate_factor,
     mixed,
@@ -38,7 +37,8 @@ from train_torch.sed import (
     teacher_keeps,
     update_teacher,
 )
-from train_torch.sed_data import SceneBatch, SceneData, SceneDataModule, read_scenes
+from train_torch.sed_data import SceneBatch, SceneData, SceneDataModule, read_scenes, scene_loader
+from train_torch.sed_evaluation import evaluate_detector, evaluate_scenes, scene_scores
 
 RATE = 16000
 CLASSES = ["buzz", "knock", "whistle"]
@@ -198,7 +198,7 @@ def test_targets_say_what_is_known_of_each_part(scenes: Path) -> None:
             middle = int((onset + offset) / 2 / 0.064)
             assert row[min(middle, 14)] == 1
         if place < 2:
-            heard = sum(offset - onset for _, onset, offset in data.events()[data.files[index]]) / 0.064
+            heard = sum(offset - onset for _, onset, offset in read_dataset(scenes).events()[data.files[index]]) / 0.064
             assert heard - 1 <= float(batch.strong[place].sum()) <= heard + 2 * 4
 
 
@@ -224,6 +224,17 @@ def data_of(root: Path, recipe: SedRecipe = TINY, labels: tuple[str, ...] | None
     return SceneData(found.select("train"), card, recipe)
 
 
+def events_of(scenes: Path, split: str) -> list:
+    return list(read_dataset(scenes).select(split).events().values())
+
+
+def answered(data: SceneData, share: float = 1.0) -> SceneScores:
+    """Scores as a detector gives them that knows the truth, or, with ``share`` 0, says the contrary."""
+    batches = list(scene_loader(data))
+    strong, weak = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("strong", "weak"))
+    return scene_scores(data, [{"strong": (strong - 1 + share).abs(), "weak": (weak - 1 + share).abs()}])
+
+
 @pytest.mark.parametrize("times", ["1.0,1.05", "0.5,1.2"])
 def test_events_beyond_the_clip_are_refused(tmp_path: Path, times: str) -> None:
     root = write_clip(tmp_path, TABLE.replace("0.1,0.5", times))
@@ -239,9 +250,9 @@ def test_labels_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
 def test_confidence_is_the_target_and_half_sure_is_no_event(tmp_path: Path) -> None:
     rows = "a.wav,dog,0,0.512,train,strong,0.3\na.wav,dog,0.512,1,train,strong,0.7\nb.wav,dog,0,1,validation,strong,1\n"
     data = data_of(write_clip(tmp_path, rows))
-    batch = data[sed.scene_loader(data).sampler[0]]
+    batch = data[scene_loader(data).sampler[0]]
     np.testing.assert_allclose(batch.strong[0, 0], [0.3] * 8 + [0.7] * 7, atol=1e-6)
-    assert data.events() == {"a.wav": (("dog", 0.512, 1.0),)}
+    assert answered(data).truth == {"a.wav": (("dog", 0.512, 1.0),)}
     for confidence in ("0", "1.5", "sure"):
         with pytest.raises(DataError, match="confidence"):
             read_dataset(write_clip(tmp_path, rows.replace("0.7", confidence)))
@@ -251,16 +262,16 @@ def test_short_clips_get_zeros_and_long_ones_are_cropped_with_their_events(tmp_p
     rows = "a.wav,dog,1.5,2,train,strong,\nb.wav,dog,0,1,validation,strong,\n"
     root = write_clip(tmp_path, rows, seconds=2.0)
     data = data_of(root)
-    whole = data[sed.scene_loader(data).sampler[0]]
+    whole = data[scene_loader(data).sampler[0]]
     assert not whole.strong.any()  # evaluation hears the first second
-    assert data.events() == {"a.wav": ()}
-    crops = [data[type(sed.scene_loader(data).sampler[0])((0,), epoch)] for epoch in range(6)]
+    assert answered(data).truth == {"a.wav": ()}
+    crops = [data[type(scene_loader(data).sampler[0])((0,), epoch)] for epoch in range(6)]
     assert {crop.mel.shape for crop in crops} == {whole.mel.shape}
     lengths = [float(crop.strong.sum()) for crop in crops]
     assert max(lengths) >= 4
     assert len(set(lengths)) > 1
     longer = data_of(root, TINY.replace(seconds=4.0))
-    clip = longer[sed.scene_loader(longer).sampler[0]]
+    clip = longer[scene_loader(longer).sampler[0]]
     assert not clip.mel[0, 0, 70:].any()
     assert clip.mel[0, 0, 30].any()
 
@@ -505,15 +516,12 @@ def test_without_a_teacher_there_is_none(scenes: Path, tmp_path: Path) -> None:
 
 def test_events_are_found_where_scores_say_so(scenes: Path) -> None:
     data = learner_of(scenes)[1].parts["validation"]
-    right = SceneScores(
-        data, np.stack([data._targets(i, 0.0)[0].numpy() for i in range(len(data))]), data.weak_targets()
-    )
-    values = right.selection(EventOptions())
+    values = answered(data).selection(EventOptions())
     assert values["weak_f1"] == 1
     assert values["intersection_f1"] > 0.95
-    wrong = SceneScores(data, 1 - right.strong, 1 - right.weak)
-    assert wrong.selection(EventOptions())["weak_f1"] < 0.5
-    assert wrong.selection(EventOptions())["intersection_f1"] < 0.5
+    wrong = answered(data, share=0.0).selection(EventOptions())
+    assert wrong["weak_f1"] < 0.5
+    assert wrong["intersection_f1"] < 0.5
 
 
 @pytest.mark.sed
@@ -524,13 +532,28 @@ def test_the_report_holds_the_published_metrics(trained: tuple[Path, dict]) -> N
 @pytest.mark.sed
 def test_perfect_scores_have_perfect_metrics(scenes: Path) -> None:
     data = learner_of(scenes)[1].parts["validation"]
-    right = SceneScores(
-        data, np.stack([data._targets(i, 0.0)[0].numpy() for i in range(len(data))]), data.weak_targets()
-    )
-    values = right.metrics(EventOptions())
+    values = answered(data).metrics(EventOptions())
     assert values["psds2"] > 0.9
     assert values["collar_f1"] > 0.9
     assert values["segment_best_f1"] > 0.9
+
+
+def test_a_checkpoint_is_evaluated_as_its_run_was(trained: tuple[Path, dict], scenes: Path, capsys) -> None:
+    out, report = trained
+    checkpoint = load_checkpoint(out / "model.safetensors")
+    found = evaluate_detector(checkpoint.model, checkpoint.card, scenes, split="test")
+    assert found.num_clips == 3
+    assert report["test"]["student"] == pytest.approx({k: v for k, v in found.measures.items() if not math.isnan(v)})
+    assert sum(row["events"] for row in found.classes.values()) == sum(map(len, events_of(scenes, "test")))
+    shared = [row["event_f1"] for row in found.classes.values()]
+    assert np.nanmean(shared) == pytest.approx(found.measures["intersection_f1"])
+    command = ["evaluate", str(out / "model.safetensors"), "--data", str(scenes), "--split", "test", "--quiet"]
+    assert main([*command, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["metrics"] == pytest.approx(found.to_dict()["metrics"])
+    assert [row["label"] for row in shown["classes"]] == CLASSES
+    assert main(command) == 0
+    assert f"weak_f1{found.measures['weak_f1']:27.4f}" in capsys.readouterr().out
 
 
 @pytest.mark.energy
