@@ -353,6 +353,8 @@ def test_a_mode_takes_what_it_needs():
         ({"image": False}, "mode"),
         ({"image_size": 33}, "image_size"),
         ({"modality_specific_depth": 12}, "modality_specific_depth"),
+        ({"modality_specific_depth": 3, "depth": 3}, "modality_specific_depth"),
+        ({"depth": 1}, "depth"),
     ],
 )
 def test_impossible_options_name_their_field(options, field):
@@ -556,3 +558,9 @@ def test_what_a_pre_trained_file_lacks_and_holds_is_as_published(contracts):
     assert (len(unused), len(whole - pre_trained)) == (173, 4)
     assert pre_trained - unused <= whole
     assert {key for key in whole if not key.startswith(heard.unused_prefixes)} == keys["cavmaeftaudio_base_527"]
+
+
+def test_networks_of_any_depth():
+    model = CAVMAEFT(CAVMAEFTOptions(**{**SMALL, "depth": 4, "modality_specific_depth": 3}, num_classes=3))
+    assert [len(blocks) for blocks in (model.blocks_a, model.blocks_v, model.blocks_u)] == [3, 3, 1]
+    assert model.options["depth"] == 4

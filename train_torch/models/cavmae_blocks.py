@@ -18,13 +18,10 @@ from models_zoo.cards import ModelInput
 from models_zoo.errors import CardError, ClipLengthError, SpecError
 from models_zoo.schema import Declaration
 
-__all__ = ["DEPTH", "PATCH", "Block", "Stream", "TowerOptions", "Towers", "initialise", "position_table", "through"]
+__all__ = ["PATCH", "Block", "Stream", "TowerOptions", "Towers", "initialise", "position_table", "through"]
 
 PATCH = 16
 """Side of a patch, in mel bands and frames, or in pixels."""
-
-DEPTH = 12
-"""Blocks a token passes: those of its own modality, then the joint ones."""
 
 Stream: TypeAlias = Literal["a", "v"] | None
 """Whose norms a block uses: sound's, the picture's, or those of both together."""
@@ -39,7 +36,8 @@ class TowerOptions(Declaration):
         image_size: side of the picture in pixels, a multiple of 16.
         embed_dim: width of the tokens.
         num_heads: of every attention.
-        modality_specific_depth: of the 12 blocks, those each modality has of its own; the rest are joint.
+        depth: blocks a token passes: 12 as published.
+        modality_specific_depth: of them, those each modality has of its own; the rest, at least one, are joint.
         dynamic_time: clips of any length from 16 frames to ``audio_length``, each with the places of its own frames;
             otherwise exactly ``audio_length`` frames, which the front end fills up, as published.
     """
@@ -51,7 +49,8 @@ class TowerOptions(Declaration):
     image_size: int = Field(default=224, ge=PATCH, multiple_of=PATCH)
     embed_dim: int = Field(default=768, ge=4, multiple_of=4)
     num_heads: int = Field(default=12, ge=1)
-    modality_specific_depth: int = Field(default=11, ge=1, le=DEPTH - 1)
+    depth: int = Field(default=12, ge=2)
+    modality_specific_depth: int = Field(default=11, ge=1)
     dynamic_time: bool = False
 
     @model_validator(mode="after")
@@ -60,6 +59,12 @@ class TowerOptions(Declaration):
             raise CardError(
                 f"num_heads: got {self.num_heads} for a width of {self.embed_dim}; expected a divisor of it",
                 field="num_heads",
+            )
+        if self.modality_specific_depth >= self.depth:
+            raise CardError(
+                f"modality_specific_depth: got {self.modality_specific_depth} of {self.depth} blocks; expected fewer, "
+                "since at least one is joint",
+                field="modality_specific_depth",
             )
         return self
 
@@ -207,7 +212,7 @@ class Towers(nn.Module):
 
     def _add_blocks(self, *, image: bool = True) -> None:
         options, width = self.declared, self.declared.embed_dim
-        own, joint = options.modality_specific_depth, DEPTH - options.modality_specific_depth
+        own, joint = options.modality_specific_depth, options.depth - options.modality_specific_depth
         self.patch_embed_a = _PatchEmbed(1, width)
         if image:
             self.patch_embed_v = _PatchEmbed(3, width)

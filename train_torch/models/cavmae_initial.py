@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from models_zoo.errors import CheckpointError
-from train_torch.models.cavmae_blocks import DEPTH, PATCH
+from train_torch.models.cavmae_blocks import PATCH
 from train_torch.models.cavmae_pretrain import CAVMAE
 
 __all__ = ["start_from_vision_mae"]
@@ -59,7 +59,7 @@ def _given(model: CAVMAE, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Te
 
     own = model.declared.modality_specific_depth
     block = [key.removeprefix("blocks.0.") for key in state if key.startswith("blocks.0.")]
-    for index in range(DEPTH):
+    for index in range(model.declared.depth):
         targets = ("blocks_a", "blocks_v") if index < own else ("blocks_u",)
         for name in block:
             norm, _, kind = name.partition(".")
