@@ -233,6 +233,7 @@ class EventDecoder:
         options = options or EventOptions()
         frame = grid.seconds
         self._labels, self._grid = tuple(labels), grid
+        self._rows = {label: row for row, label in enumerate(labels)}
         self._thresholds = np.array(options.per_class("thresholds", labels), np.float64)[:, None]
         self._lengths = options.median_frames(labels, grid)
         self._least = [math.ceil(seconds / frame - _SNAP) for seconds in options.per_class("min_duration", labels)]
@@ -273,10 +274,10 @@ class EventDecoder:
         keep_from = max(0, until - self._reach)
         self._kept, self._first = self._kept[:, keep_from - self._first :], keep_from
         events = []
-        waiting = np.array([run is not None for run in self._growing], bool)
-        for row in np.flatnonzero(active.any(axis=1) | waiting).tolist():
-            edges = np.flatnonzero(np.diff(active[row], prepend=False, append=False)).reshape(-1, 2)
-            for onset, offset in edges.tolist():
+        found = _stretches(active)
+        waiting = {row for row, run in enumerate(self._growing) if run is not None}
+        for row in sorted(waiting | set(found)):
+            for onset, offset in found.get(row, ()):
                 run = _Run(begin + onset, begin + offset, float(smoothed[row, onset:offset].max()))
                 before = self._growing[row]
                 if before is not None and run.onset - before.offset <= self._gaps[row]:
@@ -297,7 +298,18 @@ class EventDecoder:
         return Event(self._labels[row], onset, min(offset, end), run.peak)
 
     def _sorted(self, events: list[Event]) -> list[Event]:
-        return sorted(events, key=lambda event: (event.onset, event.offset, self._labels.index(event.label)))
+        return sorted(events, key=lambda event: (event.onset, event.offset, self._rows[event.label]))
+
+
+def _stretches(active: NDArray[np.bool_]) -> dict[int, list[tuple[int, int]]]:
+    """Return row -> its runs of active frames as (first, first behind), of rows that have any."""
+    padded = np.zeros((active.shape[0], active.shape[1] + 2), bool)
+    padded[:, 1:-1] = active
+    rows, edges = (part.tolist() for part in np.nonzero(padded[:, 1:] != padded[:, :-1]))
+    found: dict[int, list[tuple[int, int]]] = {}
+    for row, onset, offset in zip(rows[::2], edges[::2], edges[1::2], strict=True):
+        found.setdefault(row, []).append((onset, offset))
+    return found
 
 
 def decode_events(

@@ -9,6 +9,7 @@ MRMS) and hold Whisper, YAMNet, VGGish, AST and NeMo as well.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, Strict, model_validator
@@ -376,7 +377,7 @@ class FrontendSpec(Declaration):
     def _final_frames(self, frames: int) -> int:
         return frames if self.frames is None else self.frames.applied_to(frames)
 
-    @property
+    @cached_property
     def min_samples(self) -> int:
         """Shortest legal clip, in samples at ``sample_rate``."""
         low, high = 0, _LONGEST_CLIP  # illegal and, by the validation, legal
