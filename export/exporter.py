@@ -214,8 +214,10 @@ def _with_torchscript(
 def _with_dynamo(
     graph: _Graph, example: tuple[Tensor, ...], card: ModelCard, fixed: tuple[str, ...]
 ) -> onnx.ModelProto:
+    names = {name for part in card.inputs for name in _dynamic_axes(part, fixed).values()}
+    dimensions = {name: torch.export.Dim(name) for name in names}
     shapes = tuple(
-        {axis: torch.export.Dim(name) for axis, name in _dynamic_axes(part, fixed).items()} for part in card.inputs
+        {axis: dimensions[name] for axis, name in _dynamic_axes(part, fixed).items()} for part in card.inputs
     )
     program = torch.onnx.export(
         graph,
@@ -248,6 +250,9 @@ def _quiet_exporters() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=own)
         # torch.export copies a tree specification through a deprecated check of its own.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        # An axis that several inputs share has one name, which is what we ask for.
+        same = r"# The axis name: (\w+) will not be used, since it shares the same shape constraints with another axis: \1"
+        warnings.filterwarnings("ignore", same, UserWarning)
         registration.setLevel(logging.ERROR)  # "torchvision is not installed", which nothing here needs
         try:
             yield

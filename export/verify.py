@@ -130,6 +130,7 @@ def verify_onnx(
         if difference >= worst:
             worst, worst_case = difference, case
         done.append((num_samples, batch))
+    _check_needs(session, card, reference)
     if not worst <= TOLERANCE:
         raise VerificationError(
             f"{card.name!r} exported with {card.exporter!r} departs from the model: {worst:.3g} in {worst_case}; "
@@ -145,6 +146,30 @@ def verify_onnx(
         quieter=quieter,
         versions={"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
     )
+
+
+def _check_needs(session: onnxruntime.InferenceSession, card: ModelCard, reference: nn.Module) -> None:
+    """Refuse a graph whose outputs need more inputs than the card says, or that cannot take the others empty."""
+    given = example_inputs(card, legal_lengths(card)[0], 2)
+    with torch.no_grad():
+        expected = reference(**given)
+    for output in card.outputs:
+        needed = {part.name for part in card.inputs_of([output.name])}
+        fed = {
+            part.name: given[part.name].numpy() if part.name in needed else np.zeros(card.empty_shape(part), part.dtype)
+            for part in card.inputs
+        }
+        if len(needed) == len(card.inputs):
+            continue
+        alone = f"{output.name} of {', '.join(sorted(needed))} alone"
+        try:
+            (got,) = session.run([output.name], fed)
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise VerificationError(
+                f"{alone}: the graph refuses other inputs without a row: {error}; try the other exporter"
+            ) from error
+        if not _difference(alone, expected[output.name].numpy(), got) <= TOLERANCE:
+            raise VerificationError(f"{alone}: the graph departs from the model; outputs.needs on the card is wrong")
 
 
 def _is_reproducible(model: nn.Module, inputs: dict[str, Tensor], answers: dict[str, Tensor]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
@@ -75,6 +76,9 @@ class ModelOutput(_Part):
         axes: names of the axes; an integer in quotes is a fixed size. Frame scores are ``(batch, frames, classes)`` or
             ``(batch, classes, frames)``: the axis named ``frames`` is time, the second one where none is named so.
         hop: of frame scores: the front end's frames from one score to the next.
+        needs: names of the inputs it is computed from, or None for all of them. Of a network with a tower for each
+            input, one output can then be asked alone: the inputs of others are fed without a row (see
+            :meth:`ModelCard.empty_shape`).
     """
 
     name: str
@@ -82,6 +86,7 @@ class ModelOutput(_Part):
     kind: Literal["logit", "log_probability", "probability"] | None = None
     axes: Axes
     hop: int = Field(default=1, ge=1)
+    needs: Annotated[Sequence[str], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -236,6 +241,13 @@ class ModelCard(_Part):
         if any(part.source == "image" for part in self.inputs) != (self.image is not None):
             given = "given, although no input is one" if self.image else "missing, although an input is one"
             raise CardError(f"image: {given}; it says how a picture is read", field="image")
+        inputs = {part.name for part in self.inputs}
+        for output in self.outputs:
+            strangers = sorted(set(output.needs or ()) - inputs)
+            if strangers:
+                raise CardError(
+                    f"outputs: {output.name!r} needs {strangers}; inputs: {sorted(inputs)}", field="outputs"
+                )
         if self.labels is not None:
             repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
             if repeated or not self.labels:
@@ -279,6 +291,24 @@ class ModelCard(_Part):
         """Shortest clip the model takes before any padding rule, in samples at :attr:`sample_rate`."""
         own = self.length_policy.min or 1
         return own if self.frontend is None else max(own, self.frontend.min_samples)
+
+    def inputs_of(self, outputs: Iterable[str] | None = None) -> tuple[ModelInput, ...]:
+        """Return the inputs that the outputs of these names are computed from, in order; None for all outputs."""
+        wanted = None if outputs is None else set(outputs)
+        asked = [output for output in self.outputs if wanted is None or output.name in wanted]
+        if any(output.needs is None for output in asked):
+            return self.inputs
+        needed = {name for output in asked for name in output.needs or ()}
+        return tuple(part for part in self.inputs if part.name in needed)
+
+    def empty_shape(self, part: ModelInput) -> tuple[int, ...]:
+        """Return the shape of an input of no clips, which the graph takes for inputs that no output asked for needs."""
+        made: tuple[int, ...] = (0, *(int(axis) if axis.isdigit() else 1 for axis in part.axes[1:]))
+        if part.source == "frontend" and self.frontend is not None:
+            made = (0, *self.frontend.output_shape(self.min_samples)[1:])
+        elif part.source == "waveform":
+            made = (0, self.min_samples)
+        return made
 
     def clip_output(self) -> ModelOutput | None:
         """Return the first output that holds clip scores, or None."""

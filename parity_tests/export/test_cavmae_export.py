@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from export.exporter import export_onnx
+from infer_tf.session import OnnxSession
+from models_zoo.errors import VerificationError, WaveformError
 from models_zoo.images import ImageSpec
 from models_zoo.presets import get_frontend
 from parity_tests.tolerances import LOGITS
@@ -83,3 +85,30 @@ def test_graphs_answer_as_torch(case, tmp_path):
             reference = expected[output.name].numpy()
             assert actual.shape == reference.shape
             assert np.abs(actual - reference).max() <= LOGITS * max(1.0, reference.std())
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_tower_is_asked_alone(free, tmp_path):
+    name, options = CASES["towers"]
+    model, card = network(name, **{**options, "dynamic_time": free})
+    export_onnx(model, card, tmp_path / "towers.onnx")
+    session = OnnxSession(tmp_path / "towers.onnx", threads=1)
+    rng = np.random.default_rng(0)
+    fed = {"features": (3, 256, 32), "image": (3, 3, 48, 48)}
+    fed = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in fed.items()}
+    both = session.run(fed)
+    for side, needed in (("audio_embedding", "features"), ("image_embedding", "image")):
+        alone = session.run({needed: fed[needed]}, [side])
+        assert list(alone) == [side]
+        assert np.array_equal(alone[side], both[side])
+    with pytest.raises(WaveformError, match=r"\['features', 'image'\]; expected \['image'\]"):
+        session.run(fed, ["image_embedding"])
+
+
+def test_a_graph_that_needs_more_than_its_card_says_is_refused(tmp_path):
+    name, options = CASES["towers"]
+    model, card = network(name, **options)
+    model.outputs = tuple(part.replace(needs=("image",)) for part in model.outputs)
+    with pytest.raises(VerificationError, match=r"audio_embedding of image alone: the graph returns shape \(0, 24\)"):
+        export_onnx(model, card.replace(outputs=model.outputs), tmp_path / "towers.onnx")
+    assert not (tmp_path / "towers.onnx").exists()

@@ -6,6 +6,7 @@ import pytest
 
 from models_zoo.cards import LengthPolicy, ModelCard, ModelInput, ModelOutput, labels_sha256
 from models_zoo.errors import CardError
+from models_zoo.images import ImageSpec
 from models_zoo.presets import get_frontend
 
 
@@ -54,6 +55,7 @@ def test_edited_labels_are_noticed() -> None:
         ({"frontend": None}, "frontend"),
         ({"inputs": []}, "inputs"),
         ({"outputs": [ModelOutput(name="x", role="embedding", axes=("batch", "8"))] * 2}, "outputs"),
+        ({"outputs": [ModelOutput(name="x", role="embedding", axes=("batch", "8"), needs=("picture",))]}, "outputs"),
         ({"thresholds": {"wolf": 0.5}}, "thresholds"),
         ({"thresholds": {"dog": 5.0}}, "thresholds.dog"),
         ({"length_policy": LengthPolicy(max=513)}, "length_policy.max"),
@@ -97,3 +99,19 @@ def test_answers_what_a_caller_asks() -> None:
     )
     with pytest.raises(CardError, match="no front end"):
         _ = waveform_only.sample_rate
+
+
+def test_an_output_may_need_some_inputs_alone() -> None:
+    image = ModelInput(name="image", axes=("batch", "3", "32", "32"), source="image")
+    sides = [
+        ModelOutput(name=name, role="embedding", axes=("batch", "8"), needs=needs)
+        for name, needs in (("heard", ("features",)), ("seen", ("image",)), ("both", None))
+    ]
+    one = card(inputs=[*card().inputs, image], image=ImageSpec(size=32), outputs=sides, task="embedding", labels=None)
+    asked = {names: [part.name for part in one.inputs_of(names)] for names in (("heard",), ("seen",), ("both",), None)}
+    both = ["features", "image"]
+    assert asked == {("heard",): ["features"], ("seen",): ["image"], ("both",): both, None: both}
+    assert [part.name for part in one.inputs_of(["seen", "heard"])] == both
+    assert one.empty_shape(image) == (0, 3, 32, 32)
+    # Of no clips, but as many frames as the shortest clip has.
+    assert one.empty_shape(one.inputs[0]) == (0, *one.frontend.output_shape(one.min_samples)[1:])

@@ -107,9 +107,10 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(batch, tokens, width)``."""
-        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        width = self.proj.in_features // self.num_heads
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = functional.scaled_dot_product_attention(query, key, value)  # (batch, heads, tokens, width / heads)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        return self.proj(mixed.transpose(1, 2).reshape(x.shape))
 
 
 class _MLP(nn.Module):
@@ -240,7 +241,7 @@ class Towers(nn.Module):
         if options.dynamic_time:
             # The table runs band after band: a shorter clip has the first times of every band.
             places = places.unflatten(1, options.audio_grid)[:, :, : patches.shape[3]].flatten(1, 2)
-        return patches.flatten(2).transpose(1, 2) + places + self.modality_a
+        return _in_a_row(patches) + places + self.modality_a
 
     def image_patches(self, image: Tensor) -> Tensor:
         """Return the tokens ``(batch, rows * columns, width)`` of ``image`` ``(batch, 3, size, size)``.
@@ -255,8 +256,7 @@ class Towers(nn.Module):
                 "returns it",
                 field="image",
             )
-        patches = self.patch_embed_v.proj(image)
-        return patches.flatten(2).transpose(1, 2) + self.pos_embed_v + self.modality_v
+        return _in_a_row(self.patch_embed_v.proj(image)) + self.pos_embed_v + self.modality_v
 
     def audio_tokens(self, features: Tensor) -> Tensor:
         """Return what sound's own blocks make of ``features``: ``(batch, tokens, width)``."""
@@ -291,6 +291,15 @@ class Towers(nn.Module):
                 "(frames.count), or build the model with dynamic_time",
                 code="too_short" if frames < most else "too_long",
             )
+
+
+def _in_a_row(patches: Tensor) -> Tensor:
+    """Return ``(batch, rows * columns, width)`` of ``(batch, width, rows, columns)``.
+
+    Row joined to row: of a reshape onnxruntime would leave one size to be worked out, which none can be of a batch
+    without a clip, and that is what an exported graph is given for a modality that is not asked for.
+    """
+    return torch.cat(patches.unbind(2), dim=2).transpose(1, 2)
 
 
 def through(blocks: nn.ModuleList, x: Tensor, stream: Stream = None) -> Tensor:

@@ -149,6 +149,7 @@ class CAVMAE(Towers):
         inputs: ``features`` ``(batch, time, n_mels)`` and ``image`` ``(batch, 3, size, size)``, float32.
         outputs: ``audio_embedding`` and ``image_embedding`` ``(batch, embed_dim)``: means over the tokens.
         options: JSON-ready dict that rebuilds the network through ``create_model``.
+            Each needs one input alone.
         class_keys: none; there are no classes.
         min_frames, max_frames: of features it takes; None for any.
     """
@@ -178,8 +179,10 @@ class CAVMAE(Towers):
         initialise(self)
         self.inputs = (self._heard, self._seen)
         self.outputs = tuple(
-            ModelOutput(name=f"{name}_embedding", role="embedding", axes=("batch", str(options.embed_dim)))
-            for name in ("audio", "image")
+            ModelOutput(
+                name=f"{name}_embedding", role="embedding", axes=("batch", str(options.embed_dim)), needs=(needed,)
+            )
+            for name, needed in (("audio", "features"), ("image", "image"))
         )
 
     def forward(self, features: Tensor, image: Tensor) -> dict[str, Tensor]:
