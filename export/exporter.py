@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from export.batching import clip_by_clip
 from export.verify import Verification, example_inputs, legal_lengths, verify_onnx
+from export.winograd import Convolutions, rewrite_convolutions
 from models_zoo.cards import CARD_KEY, VERIFICATION_KEY, ModelCard, ModelInput, ModelOutput
 from models_zoo.errors import CheckpointError, DataError, ExportError
 from models_zoo.files import check_writable, replacing
@@ -25,11 +26,20 @@ from train_torch.checkpoint import load_checkpoint
 from train_torch.models import Model, check_card, clip_form
 from train_torch.published_file import Weights
 
-__all__ = ["CHECKPOINT_KEY", "EXPORTER_KEY", "OPSETS", "OPSET_KEY", "export_checkpoint", "export_onnx"]
+__all__ = [
+    "CHECKPOINT_KEY",
+    "CONVOLUTIONS_KEY",
+    "EXPORTER_KEY",
+    "OPSETS",
+    "OPSET_KEY",
+    "export_checkpoint",
+    "export_onnx",
+]
 
 CHECKPOINT_KEY = "crossfade.checkpoint_sha256"
 OPSET_KEY = "crossfade.opset"
 EXPORTER_KEY = "crossfade.exporter"
+CONVOLUTIONS_KEY = "crossfade.convolutions"
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +57,7 @@ def export_onnx(
     *,
     force: bool = False,
     checkpoint_sha256: str | None = None,
+    convolutions: Convolutions = "winograd",
     progress: bool = False,
 ) -> Verification:
     """Write ``model`` as one verified ``.onnx`` file with its card inside, or nothing.
@@ -57,6 +68,9 @@ def export_onnx(
         path: of the file.
         force: replace an existing file.
         checkpoint_sha256: of the checkpoint the weights came from, recorded in the file.
+        convolutions: ``winograd`` for those of many channels, see :mod:`export.winograd`, where a CPU will run the
+            file; ``direct`` where a GPU will, whose libraries choose the form themselves, or for a file as small as
+            the checkpoint. Recorded in the file.
         progress: say on stderr what is being done.
 
     Returns:
@@ -72,11 +86,12 @@ def export_onnx(
     check_card(model, card)
     with replacing(path, force=force) as partial:
         _log.log(logging.INFO if progress else logging.DEBUG, "exporting %s with %s", card.name, card.exporter)
-        exported = _export(copy.deepcopy(model).cpu().eval(), card)
+        exported, rewritten = _export(copy.deepcopy(model).cpu().eval(), card, convolutions)
         metadata = {
             CARD_KEY: card.to_json(),
             OPSET_KEY: str(OPSETS[card.exporter]),
             EXPORTER_KEY: f"{card.exporter} (torch {torch.__version__})",
+            CONVOLUTIONS_KEY: f"winograd ({rewritten} of them)" if rewritten else "direct",
         }
         if checkpoint_sha256 is not None:
             metadata[CHECKPOINT_KEY] = checkpoint_sha256
@@ -98,6 +113,7 @@ def export_checkpoint(
     labels_file: str | Path | None = None,
     exporter: Literal["torchscript", "dynamo"] | None = None,
     weights: Weights | None = None,
+    convolutions: Convolutions = "winograd",
     force: bool = False,
     progress: bool = False,
 ) -> tuple[ModelCard, Verification]:
@@ -113,6 +129,7 @@ def export_checkpoint(
             card has labels, they must be the same.
         exporter: None for the card's choice.
         weights: ``student`` or ``teacher``, of a mean teacher's file; None for those the card's figures are of.
+        convolutions: see :func:`export_onnx`.
         force: replace an existing file.
 
     Raises:
@@ -137,7 +154,16 @@ def export_checkpoint(
         card = card.replace(labels=labels)
     if exporter is not None and exporter != card.exporter:
         card = card.replace(exporter=exporter, exporter_reason="asked for")
-    return card, export_onnx(loaded.model, card, path, force=force, checkpoint_sha256=loaded.sha256, progress=progress)
+    verification = export_onnx(
+        loaded.model,
+        card,
+        path,
+        force=force,
+        checkpoint_sha256=loaded.sha256,
+        convolutions=convolutions,
+        progress=progress,
+    )
+    return card, verification
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
@@ -166,8 +192,8 @@ class _Graph(nn.Module):
         return tuple(outputs[name] for name in self.output_names)
 
 
-def _export(model: nn.Module, card: ModelCard) -> onnx.ModelProto:
-    """Return the graph of ``model`` without metadata of the machine it was made on."""
+def _export(model: nn.Module, card: ModelCard, convolutions: Convolutions) -> tuple[onnx.ModelProto, int]:
+    """Return the graph of ``model`` without metadata of the machine it was made on, and its rewritten convolutions."""
     form = clip_form(model)
     graph = _Graph(model if form is None else form, card).eval()
     lengths = legal_lengths(card)
@@ -187,7 +213,8 @@ def _export(model: nn.Module, card: ModelCard) -> onnx.ModelProto:
     for part in (exported.graph, *exported.graph.node, *exported.graph.value_info, *exported.graph.initializer):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    return exported if form is None else clip_by_clip(exported, card)
+    rewritten = rewrite_convolutions(exported) if convolutions == "winograd" else 0
+    return exported if form is None else clip_by_clip(exported, card), rewritten
 
 
 def _dynamic_axes(part: ModelInput | ModelOutput, fixed: tuple[str, ...]) -> dict[int, str]:
@@ -251,7 +278,9 @@ def _quiet_exporters() -> Iterator[None]:
         # torch.export copies a tree specification through a deprecated check of its own.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         # An axis that several inputs share has one name, which is what we ask for.
-        same = r"# The axis name: (\w+) will not be used, since it shares the same shape constraints with another axis: \1"
+        same = (
+            r"# The axis name: (\w+) will not be used, since it shares the same shape constraints with another axis: \1"
+        )
         warnings.filterwarnings("ignore", same, UserWarning)
         registration.setLevel(logging.ERROR)  # "torchvision is not installed", which nothing here needs
         try:
