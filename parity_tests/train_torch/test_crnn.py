@@ -145,7 +145,23 @@ def test_published_padding_leaves_frames_the_weight_of_doubt():
     assert (padded["weak"] - plain["weak"]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("attention", [True, False])
+def test_attention_over_time_weighs_the_frames_of_each_class():
+    """Recomputed from the definition; a class gains nothing from how others stand in its frames."""
+    model = small(attention="time")
+    heard = []
+    hook = model.dense_softmax.register_forward_hook(lambda _, __, returned: heard.append(returned))
+    scores = answer(model, features=FEATURES)
+    hook.remove()
+    weights = heard[0].softmax(1).transpose(1, 2)
+    torch.testing.assert_close(scores["weak"], (scores["strong"] * weights).sum(2))
+    published = small()
+    published.load_state_dict(model.state_dict())
+    other = answer(published, features=FEATURES)
+    torch.testing.assert_close(other["strong"], scores["strong"])
+    assert (other["weak"] - scores["weak"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("attention", [True, False, "time"])
 @pytest.mark.parametrize("activation", ["glu", "relu"])
 def test_removed_padding_answers_as_the_clip_alone(attention, activation):
     """Whatever fills the end of a clip, and whatever the clips beside it are."""

@@ -3,7 +3,7 @@
 Source: DCASE-REPO/DESED_task ``desed_task/nnet/CRNN.py`` as of 2024, recipes 2021 to 2024. Parameter names and shapes
 are the published ones, so that published files load strictly. Repaired: several heads with attention and masks,
 which the published code cannot build, and fusion with one embedding per clip (``global``), which broke in 2024;
-``eval()`` returns the network. Added: a padding mask that really removes padded frames.
+``eval()`` returns the network. Added: a padding mask that really removes padded frames; attention over time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class CRNNOptions(Declaration):
         num_classes: classes scored, of all heads together.
         heads: class counts of several heads, in order; empty for one head.
         attention: how frames become a clip: weighted by a softmax over the *classes* of each frame (True and
-            ``legacy``, which the published code tells apart in name only), or by the plain mean (False).
+            ``legacy``, which the published code tells apart in name only), or over the frames of each class
+            (``time``), or by the plain mean (False). With the published one, some class has to be attended to in
+            frames where nothing sounds, and is learned badly in a small model: its clip score is a mean over them.
         n_mels: mel bands of the features.
         filters, kernels, strides, paddings, pools: of the convolutional blocks, pools as (time, mel); one kernel,
             stride or padding stands for all.
@@ -86,7 +88,7 @@ class CRNNOptions(Declaration):
 
     num_classes: int = Field(default=10, ge=1)
     heads: Sequence[int] = ()
-    attention: bool | Literal["legacy"] = True
+    attention: bool | Literal["legacy", "time"] = True
     n_mels: int = Field(default=128, ge=1)
     filters: Sequence[int] = (16, 32, 64, 128, 128, 128, 128)
     kernels: Sequence[int] = (3,)
@@ -342,9 +344,10 @@ class CRNN(nn.Module):
     def _attention(self, x: Tensor, classes_mask: Tensor | None, pad_mask: Tensor | None) -> Tensor:
         """Return what each frame weighs for each class, ``(batch, frames, classes)``.
 
-        A softmax over the classes of each head, as published, not over time: a frame weighs as much for a class as
+        As published, a softmax over the classes of each head, not over time: a frame weighs as much for a class as
         that class stands out in it.
         """
+        axis = 1 if self.declared.attention == "time" else 2
         parts, first = [], 0
         for head in _heads(self.dense_softmax):
             logits = head(x)
@@ -353,7 +356,7 @@ class CRNN(nn.Module):
                 logits = logits.masked_fill(~own[:, None], _HIDDEN)
             if pad_mask is not None:
                 logits = logits.masked_fill(pad_mask.transpose(1, 2), _HIDDEN)
-            parts.append(logits.softmax(2).clamp(1e-7, 1.0))
+            parts.append(logits.softmax(axis).clamp(1e-7, 1.0))
             first += logits.shape[2]
         return torch.cat(parts, 2)
 
