@@ -18,11 +18,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infer_tf.classifier import TFAudioClassifier
     from infer_tf.frontend import TFFrontend
+    from infer_tf.index import AudioVisualIndex
     from infer_tf.session import OnnxSession
 
-__all__ = ["OnnxSession", "TFAudioClassifier", "TFFrontend"]
+__all__ = ["AudioVisualIndex", "OnnxSession", "TFAudioClassifier", "TFFrontend"]
 
-_MODULES = {"OnnxSession": "session", "TFAudioClassifier": "classifier", "TFFrontend": "frontend"}
+_MODULES = {
+    "AudioVisualIndex": "index",
+    "OnnxSession": "session",
+    "TFAudioClassifier": "classifier",
+    "TFFrontend": "frontend",
+}
 
 # TensorFlow reads this once, while it is imported; every import of it by this package comes after this line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -1,4 +1,4 @@
-"""``TFAudioClassifier``: recordings in, predictions out."""
+"""``TFAudioClassifier``: recordings, pictures and videos in, predictions out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Self, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,25 +16,46 @@ from numpy.typing import NDArray
 from infer_tf.members import Members
 from infer_tf.streaming import EventStream, JoinedWindows, Scored
 from models_zoo.audio import AudioSource, as_waveform, load_audio, stream_audio
-from models_zoo.cards import ModelCard
+from models_zoo.cards import ModelCard, ModelOutput
 from models_zoo.decoding import check_window, class_names, decode, legal_segments
 from models_zoo.ensembles import Mean
-from models_zoo.errors import AudioDecodeError, CardError, ModelFileError, UnknownNameError, WaveformError
+from models_zoo.errors import (
+    AudioDecodeError,
+    CardError,
+    ImageDecodeError,
+    ModelFileError,
+    UnknownNameError,
+    VideoDecodeError,
+    WaveformError,
+)
 from models_zoo.events import EventOptions
+from models_zoo.images import ImageSource
 from models_zoo.prediction import Event, Prediction, average_predictions
 from models_zoo.registry import get_card, list_models, list_shipped, shipped_model
+from models_zoo.specs import FrontendSpec
+from models_zoo.video import chosen_frames, read_video_audio, read_video_frames
 
-__all__ = ["Inputs", "Source", "TFAudioClassifier", "find_model"]
+if TYPE_CHECKING:
+    from infer_tf.frontend import TFFrontend
+
+__all__ = ["Frames", "Inputs", "Source", "TFAudioClassifier", "find_model"]
 
 Source: TypeAlias = AudioSource | NDArray[Any]
 """One clip: a path, a file's contents, an open file, or an array."""
 
 Inputs: TypeAlias = Mapping[str, Any]
-"""What a model takes beside the audio of one clip: the card's name of an input -> array without a batch axis."""
+"""What a model takes beside the audio of one clip: the card's name of an input -> array without a batch axis, or a
+picture."""
 
 _T = TypeVar("_T")
 _Outputs: TypeAlias = dict[str, NDArray[np.float32]]
 _Extras: TypeAlias = dict[str, NDArray[Any]]
+
+Frames: TypeAlias = Literal["middle", "all"] | Sequence[int]
+"""Which of the ten evenly spaced frames of a video."""
+
+_BATCH_VALUES = 80 * 32000  # as _BATCH_SECONDS, of a model without a sample rate
+_SILENCE = np.zeros(0, np.float32)  # what a model that looks at pictures alone hears
 
 _BATCH_SECONDS = 80.0  # what is scored at once, and, four times over, what may wait for clips of equal length
 
@@ -41,10 +63,12 @@ _MOST_SECONDS = 1e9  # of a window or a hop
 
 
 class TFAudioClassifier:
-    """An exported model with its front end, for recordings and arrays; safe to share between threads.
+    """An exported model with its front end, for recordings, pictures and arrays; safe to share between threads.
 
     The way of one clip: ``load_audio`` (or ``as_waveform``), the card's length policy, the TensorFlow front end,
-    onnxruntime, the card's activation. Pickles as its arguments and is built anew where it is unpickled.
+    ``load_image`` for a model that looks at pictures, onnxruntime, the card's activation.
+
+    Pickles as its arguments and is built anew where it is unpickled.
 
     Several models answer as one, with the mean of their answers: models of the same labels, task and sample rate.
     Those with the same front end share it.
@@ -65,10 +89,9 @@ class TFAudioClassifier:
     Attributes:
         card: the model's card; of several models, one that describes their mean.
         labels: class names in order.
-        sample_rate: Hz of arrays given without a rate.
 
     Raises:
-        ModelFileError: see :class:`infer_tf.OnnxSession`; or the model takes inputs other than audio; or a folder
+        ModelFileError: see :class:`infer_tf.OnnxSession`; or the model takes neither audio nor pictures; or a folder
             without models.
         CardError: several models that cannot answer together, or impossible weights; named in ``field``.
         UnknownNameError: neither a path nor a shipped model, or an unknown device.
@@ -104,13 +127,43 @@ class TFAudioClassifier:
         }
         self._members = Members(self.paths, device, threads, weights=weights, mean=mean, encoder=beside)
         self.card: ModelCard = self._members.card
-        assert self.card.frontend is not None
         self._spec = self.card.frontend
-        self.sample_rate: int = self.card.sample_rate
         self._clip = self.card.clip_output()
-        self._embedding = self.card.embedding_output()
+        self._embeddings = [output for output in self.card.outputs if output.role == "embedding"]
         self.labels: tuple[str, ...] = self.card.labels or class_names(self.card, self._members.num_classes())
-        self.frontend = self._members.frontends[self._spec]
+
+    @property
+    def name(self) -> str:
+        """What finds the (first) model again: the name of a shipped one, else its whole path."""
+        return self._arguments[0][0]
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz of arrays given without a rate.
+
+        Raises:
+            ModelFileError: the model hears nothing.
+        """
+        return self._frontend_spec().sample_rate
+
+    @property
+    def frontend(self) -> TFFrontend:
+        """The front end, waveform -> features.
+
+        Raises:
+            ModelFileError: the model hears nothing.
+        """
+        return cast("TFFrontend", self._members.frontends[self._frontend_spec()])
+
+    @property
+    def _most_values(self) -> int:
+        """Samples and values of pictures that are scored at once."""
+        return _BATCH_VALUES if self._spec is None else int(_BATCH_SECONDS * self._spec.sample_rate)
+
+    def _frontend_spec(self) -> FrontendSpec:
+        if self._spec is None:
+            raise ModelFileError(f"model {self.card.name!r} looks at pictures alone; it has no front end for sound")
+        return self._spec
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._arguments, self._options)
@@ -130,7 +183,7 @@ class TFAudioClassifier:
 
         Args:
             seconds: length of the silence, or None for the shortest legal clip.
-            inputs: as in :meth:`predict`.
+            inputs: as in :meth:`predict`; a picture that is left out is black.
 
         Raises:
             WaveformError: ``seconds`` is no sensible number.
@@ -139,44 +192,56 @@ class TFAudioClassifier:
         num_samples = self.card.min_samples if seconds is None else self._samples("seconds", seconds)
         policy = self.card.length_policy
         num_samples = -(-max(num_samples, self.card.min_samples) // policy.multiple_of) * policy.multiple_of
-        self._run(np.zeros((1, num_samples), np.float32), _repeated(self._members.checked(inputs), 1))
+        picture = self._members.picture()
+        if picture is not None:
+            inputs = {picture.name: np.zeros((1, 1, 3), np.uint8), **(inputs or {})}
+        silence = np.zeros((1, num_samples if self._members.hears() else 0), np.float32)
+        self._run(silence, _repeated(self._members.checked(inputs), 1))
 
     @overload
     def predict(
         self,
-        source: AudioSource,
+        audio: AudioSource,
         sample_rate: int | None = None,
         channels_first: bool = False,
         *,
+        image: ImageSource | None = None,
         events: EventOptions | None = None,
         inputs: Inputs | None = None,
     ) -> Prediction: ...
     @overload
     def predict(
         self,
-        source: list[Any] | tuple[Any, ...],
+        audio: list[Any] | tuple[Any, ...],
         sample_rate: int | None = None,
         channels_first: bool = False,
         *,
+        image: ImageSource | Sequence[Any] | None = None,
         events: EventOptions | None = None,
         inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> list[Prediction]: ...
     @overload
     def predict(
         self,
-        source: NDArray[Any],
+        audio: NDArray[Any] | None = None,
         sample_rate: int | None = None,
         channels_first: bool = False,
         *,
+        image: Any = None,
+        video: Any = None,
+        frames: Frames = "middle",
         events: EventOptions | None = None,
         inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> Any: ...
     def predict(
         self,
-        source: Any,
+        audio: Any = None,
         sample_rate: int | None = None,
         channels_first: bool = False,
         *,
+        image: Any = None,
+        video: Any = None,
+        frames: Frames = "middle",
         events: EventOptions | None = None,
         inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> Any:
@@ -185,34 +250,52 @@ class TFAudioClassifier:
         A batch never changes an answer: clips of equal length are scored together, others apart.
 
         Args:
-            source: a path, a file's bytes, an open file, a ``(num_samples,)`` array, a ``(batch, num_samples)``
+            audio: a path, a file's bytes, an open file, a ``(num_samples,)`` array, a ``(batch, num_samples)``
                 array, or a list or tuple of any of the first four. Integer arrays are scaled by their type
-                (see ``models_zoo.audio.as_waveform``); floats are taken to be in [-1, 1].
+                (see ``models_zoo.audio.as_waveform``); floats are taken to be in [-1, 1]. None for a model that looks
+                at pictures alone.
             sample_rate: rate of arrays, Hz, if it is not the model's; recordings state their own.
             channels_first: a 2-D array is ``(channels, num_samples)`` of one clip, not a batch.
+            image: for a model that looks at pictures: one, as ``models_zoo.images.read_image`` takes it; for several
+                clips a list of as many, or one that goes for all.
+            video: in place of both: a path, a file's bytes or an open file (extra ``video``), or a list of those. The
+                model is given what it takes of the sound and the pictures.
+            frames: which of a video's ten evenly spaced frames: ``middle``, ``all``, or indices 0 to 9. Of several the
+                answer is the mean of the probabilities, as published.
             events: how to find events, for a model of that task; what is left out is the card's.
-            inputs: what the model takes beside audio, of one clip and without a batch axis, as ``{"classes_mask":
-                mask}``; for several clips a list of them, or one that goes for all.
+            inputs: what else the model takes, of one clip and without a batch axis, as ``{"classes_mask": mask}``; for
+                several clips a list of them, or one that goes for all.
 
         Raises:
-            AudioDecodeError: a recording cannot be read; ``code`` says why.
-            WaveformError: an array is no waveform, or not what the model takes beside one; ``code`` says why.
+            AudioDecodeError, ImageDecodeError, VideoDecodeError: a file cannot be read; ``code`` says why.
+            WaveformError: an array is no waveform, or something is not what the model takes, or is missing; ``code``
+                says why.
             ClipLengthError: shorter or longer than the card allows, and it declares no rule for it.
             ModelFileError: the model has no clip scores, or returned NaN.
             CardError: ``events`` for a model of another task.
             UnknownNameError: an event option for a label the model does not have.
+            MissingDependencyError: a video without PyAV.
             ClosedError: after :meth:`close`.
         """
         if self._clip is None:
             raise ModelFileError(f"model {self.card.name!r} has no clip scores to predict from; use embed")
         options = self._event_options(events)
+        if video is not None:
+            _refuse_beside_video(audio, image)
+
+            def mean(given: dict[str, Any]) -> Prediction:
+                answers = self.predict(**given, events=events, inputs=inputs)
+                return answers[0] if len(answers) == 1 else average_predictions(answers)
+
+            return self._of_videos(video, frames, mean)
 
         def answer(outputs: _Outputs, num_samples: int) -> Prediction:
             if self.card.length_policy.long == "crop":
                 num_samples = min(num_samples, self.card.length_policy.max or num_samples)
-            return decode(self.card, outputs, end=num_samples / self.sample_rate, events=options)
+            end = num_samples / self.sample_rate if num_samples else 0.0
+            return decode(self.card, outputs, end=end, events=options)
 
-        return self._answer(source, sample_rate, channels_first, answer, inputs)
+        return self._answer(audio, sample_rate, channels_first, answer, inputs, image)
 
     def _event_options(self, events: EventOptions | None) -> EventOptions | None:
         """Return how to find events in a clip, or None where the model is not for that."""
@@ -229,58 +312,134 @@ class TFAudioClassifier:
     @overload
     def embed(
         self,
-        source: AudioSource,
+        audio: AudioSource,
         sample_rate: int | None = None,
         channels_first: bool = False,
         *,
+        image: ImageSource | None = None,
         inputs: Inputs | None = None,
     ) -> NDArray[np.float32]: ...
     @overload
     def embed(
         self,
-        source: list[Any] | tuple[Any, ...],
+        audio: list[Any] | tuple[Any, ...],
         sample_rate: int | None = None,
         channels_first: bool = False,
         *,
+        image: ImageSource | Sequence[Any] | None = None,
         inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> list[NDArray[np.float32]]: ...
     @overload
     def embed(
         self,
-        source: NDArray[Any],
+        audio: NDArray[Any] | None = None,
         sample_rate: int | None = None,
         channels_first: bool = False,
         *,
+        image: Any = None,
+        video: Any = None,
+        frames: Frames = "middle",
         inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> Any: ...
     def embed(
         self,
-        source: Any,
+        audio: Any = None,
+        sample_rate: int | None = None,
+        channels_first: bool = False,
+        *,
+        image: Any = None,
+        video: Any = None,
+        frames: Frames = "middle",
+        inputs: Inputs | Sequence[Inputs] | None = None,
+    ) -> Any:
+        """Return an embedding, ``(size,)`` float32, or a list of them for a list or a 2-D array.
+
+        The mean over the windows where the card cuts long clips into windows, and over the frames of a video. A model
+        with an embedding for sound and one for pictures is asked for that of what is given.
+
+        Args and Raises: as :meth:`predict`; ModelFileError where the model has no embedding.
+        """
+        if video is not None:
+            _refuse_beside_video(audio, image)
+            self._embedding_of(None)
+            return self._of_videos(
+                video, frames, lambda given: np.mean(self.embed(**given, inputs=inputs), axis=0, dtype=np.float32)
+            )
+        output = self._embedding_of(None if len(self._embeddings) < 2 else (audio is not None, image is not None))
+        return self._embed(output, audio, sample_rate, channels_first, image, inputs)
+
+    def embed_audio(
+        self,
+        audio: Any,
         sample_rate: int | None = None,
         channels_first: bool = False,
         *,
         inputs: Inputs | Sequence[Inputs] | None = None,
     ) -> Any:
-        """Return an embedding, ``(size,)`` float32, or a list of them for a list or a 2-D array.
+        """Return the embedding of sound alone, ``(size,)`` float32, or a list of them for a list or a 2-D array.
 
-        The mean over the windows where the card cuts long clips into windows.
+        What looks at pictures is not computed.
 
-        Args and Raises: as :meth:`predict`; ModelFileError where the model has no embedding.
+        Args and Raises: as :meth:`embed`; ModelFileError where no embedding of the model is of sound alone.
         """
-        name = self._embedding_name()
-        return self._answer(source, sample_rate, channels_first, lambda outputs, _: outputs[name].mean(axis=0), inputs)
+        return self._embed(self._embedding_of((True, False)), audio, sample_rate, channels_first, None, inputs)
 
-    def _embedding_name(self) -> str:
-        if self._embedding is None:
+    def embed_image(self, image: Any, *, inputs: Inputs | Sequence[Inputs] | None = None) -> Any:
+        """Return the embedding of a picture alone, ``(size,)`` float32, or a list of them for a list of pictures.
+
+        What hears is not computed.
+
+        Args and Raises: as :meth:`embed`; ModelFileError where no embedding of the model is of pictures alone.
+        """
+        return self._embed(self._embedding_of((False, True)), None, None, False, image, inputs)
+
+    def _embed(
+        self,
+        output: ModelOutput,
+        audio: Any,
+        sample_rate: int | None,
+        channels_first: bool,
+        image: Any,
+        inputs: Inputs | Sequence[Inputs] | None,
+    ) -> Any:
+        name = output.name
+        return self._answer(
+            audio,
+            sample_rate,
+            channels_first,
+            lambda outputs, _: outputs[name].mean(axis=0),
+            inputs,
+            image,
+            None if output.needs is None else (name,),
+        )
+
+    def _embedding_of(self, of: tuple[bool, bool] | None) -> ModelOutput:
+        """Return the embedding computed from (sound, pictures) and nothing else, or, of None, the only one."""
+        if not self._embeddings:
             raise ModelFileError(
                 f"model {self.card.name!r} has no embedding output; its outputs: "
                 f"{', '.join(output.name for output in self.card.outputs)}"
             )
-        return self._embedding.name
+        fitting = [
+            output
+            for output in self._embeddings
+            if of is None
+            or of == (self._members.hears([output.name]), self._members.picture([output.name]) is not None)
+        ]
+        if len(fitting) == 1:
+            return fitting[0]
+        offered = "; ".join(
+            f"{output.name} of {' and '.join(part.name for part in self.card.inputs_of([output.name]))}"
+            for output in self._embeddings
+        )
+        raise ModelFileError(
+            f"model {self.card.name!r} has {offered}; ask for what it has with embed_audio, embed_image, or embed of "
+            "all it needs"
+        )
 
     def predict_windows(
         self,
-        source: Source,
+        audio: Source,
         window: float = 10.0,
         hop: float = 5.0,
         *,
@@ -300,7 +459,7 @@ class TFAudioClassifier:
         frames of the output; the last window begins on a frame, and so may end before the recording, by less than one.
 
         Args:
-            source: a path, a file's bytes, an open file, or a ``(num_samples,)`` array.
+            audio: a path, a file's bytes, an open file, or a ``(num_samples,)`` array.
             window: seconds.
             hop: seconds between the beginnings of windows.
             sample_rate, channels_first, events: as in :meth:`predict`.
@@ -314,8 +473,8 @@ class TFAudioClassifier:
         if self._clip is None:
             raise ModelFileError(f"model {self.card.name!r} has no clip scores to predict from; use embed_windows")
         if self._event_options(events) is not None:
-            return self._predictions(self._joined(source, window, hop, sample_rate, channels_first, events, inputs))
-        windows = self._windows_of(source, window, hop, sample_rate, channels_first, inputs)
+            return self._predictions(self._joined(audio, window, hop, sample_rate, channels_first, events, inputs))
+        windows = self._windows_of(audio, window, hop, sample_rate, channels_first, inputs)
         return (decode(self.card, outputs, start=start, end=end) for outputs, start, end in windows)
 
     def _predictions(self, windows: Iterator[Scored]) -> Iterator[Prediction]:
@@ -336,7 +495,7 @@ class TFAudioClassifier:
 
     def detect(
         self,
-        source: Source,
+        audio: Source,
         window: float = 10.0,
         hop: float = 5.0,
         *,
@@ -351,7 +510,7 @@ class TFAudioClassifier:
         done with them: no event is cut or doubled where a window ends. For any model that scores frames.
 
         Args:
-            source: a path, a file's bytes, an open file, or a ``(num_samples,)`` array.
+            audio: a path, a file's bytes, an open file, or a ``(num_samples,)`` array.
             window: seconds; best the length of the clips the model was trained on.
             hop: seconds between the beginnings of windows, at most ``window``; rounded down to whole frames.
             sample_rate, channels_first: of an array, as in :meth:`predict`.
@@ -365,7 +524,7 @@ class TFAudioClassifier:
             ClipLengthError: ``window`` is not a legal clip length for this model.
             AudioDecodeError, ModelFileError, ClosedError: as :meth:`predict`.
         """
-        joined = self._joined(source, window, hop, sample_rate, channels_first, events, inputs)
+        joined = self._joined(audio, window, hop, sample_rate, channels_first, events, inputs)
         return (event for scored in joined for event in scored.events)
 
     def stream(
@@ -398,11 +557,14 @@ class TFAudioClassifier:
         options = (events or EventOptions()).over(self.card)
         return JoinedWindows(self.card, self._window_runner(inputs), size, step, self.labels, options)
 
-    def _window_runner(self, inputs: Inputs | None) -> Callable[[NDArray[np.float32]], _Outputs]:
+    def _window_runner(
+        self, inputs: Inputs | None, outputs: Sequence[str] | None = None
+    ) -> Callable[[NDArray[np.float32]], _Outputs]:
         """Return what scores the segments of a window, given inputs that go for every window."""
+        self._check_hears(outputs)
         self._refuse_of_one_clip(inputs)
-        extras = self._members.checked(inputs)
-        return lambda segments: self._run(segments, _repeated(extras, len(segments)))
+        extras = self._members.checked(inputs, outputs)
+        return lambda segments: self._run(segments, _repeated(extras, len(segments)), outputs)
 
     def _refuse_of_one_clip(self, inputs: Inputs | None) -> None:
         """Refuse inputs that go for a whole clip, where parts of it are scored by themselves."""
@@ -417,7 +579,7 @@ class TFAudioClassifier:
 
     def _joined(
         self,
-        source: Source,
+        audio: Source,
         window: float,
         hop: float,
         sample_rate: int | None,
@@ -427,7 +589,7 @@ class TFAudioClassifier:
     ) -> Iterator[Scored]:
         """Return the joined windows of a recording; refuse bad arguments at once."""
         joined = self._joiner(window, hop, events, inputs)
-        blocks = self._blocks(source, sample_rate, channels_first)
+        blocks = self._blocks(audio, sample_rate, channels_first)
 
         def scored() -> Iterator[Scored]:
             for block in blocks:
@@ -438,7 +600,7 @@ class TFAudioClassifier:
 
     def predict_average(
         self,
-        source: Source,
+        audio: Source,
         window: float = 10.0,
         hop: float = 5.0,
         *,
@@ -454,13 +616,13 @@ class TFAudioClassifier:
         Args and Raises: as :meth:`predict_windows`.
         """
         windows = self.predict_windows(
-            source, window, hop, sample_rate=sample_rate, channels_first=channels_first, inputs=inputs
+            audio, window, hop, sample_rate=sample_rate, channels_first=channels_first, inputs=inputs
         )
         return average_predictions(windows)
 
     def embed_windows(
         self,
-        source: Source,
+        audio: Source,
         window: float = 10.0,
         hop: float = 5.0,
         *,
@@ -474,25 +636,28 @@ class TFAudioClassifier:
 
         Args and Raises: as :meth:`predict_windows`; ModelFileError where the model has no embedding.
         """
-        name = self._embedding_name()
-        windows = self._windows_of(source, window, hop, sample_rate, channels_first, inputs)
+        output = self._embedding_of(None if len(self._embeddings) < 2 else (True, False))
+        name = output.name
+        asked = None if output.needs is None else (name,)
+        windows = self._windows_of(audio, window, hop, sample_rate, channels_first, inputs, asked)
         return ((start, end, outputs[name].mean(axis=0)) for outputs, start, end in windows)
 
     def _windows_of(
         self,
-        source: Source,
+        audio: Source,
         window: float,
         hop: float,
         sample_rate: int | None,
         channels_first: bool,
         inputs: Inputs | None,
+        outputs: Sequence[str] | None = None,
     ) -> Iterator[tuple[_Outputs, float, float]]:
         """Return the outputs for each window with its start and end in seconds; refuse bad arguments at once."""
         self._members.check_usable()
         size, step = self._samples("window", window), self._samples("hop", hop)
         check_window(size, self.card)
-        run = self._window_runner(inputs)
-        windows = _windows(self._blocks(source, sample_rate, channels_first), size, step)
+        run = self._window_runner(inputs, outputs)
+        windows = _windows(self._blocks(audio, sample_rate, channels_first), size, step)
         return (
             (
                 run(legal_segments(waveform, self.card)),
@@ -507,7 +672,7 @@ class TFAudioClassifier:
         if _is_array(source):
             return [self._waveform(source, sample_rate, channels_first)]
         _refuse_rate(sample_rate)
-        return stream_audio(cast(AudioSource, source), self._spec)
+        return stream_audio(cast(AudioSource, source), self._frontend_spec())
 
     def _samples(self, name: str, seconds: float) -> int:
         number = isinstance(seconds, (int, float, np.integer, np.floating)) and not isinstance(seconds, bool)
@@ -518,47 +683,122 @@ class TFAudioClassifier:
             raise WaveformError(f"{name}: got {seconds!r} s; expected more than 0", code="range")
         return samples
 
+    def _of_videos(self, video: Any, frames: Frames, answer: Callable[[dict[str, Any]], _T]) -> _T | list[_T]:
+        """Return ``answer`` of what the model takes of a video's frames, in lists, or of each of several videos."""
+        if isinstance(video, (list, tuple)):
+            answers = []
+            for position, one in enumerate(video):
+                with _naming(position):
+                    answers.append(cast(_T, self._of_videos(one, frames, answer)))
+            return answers
+        chosen = chosen_frames(frames)
+        looks = self._members.picture() is not None
+        pictures = [np.asarray(picture) for picture in read_video_frames(video, chosen)] if looks else None
+        given: dict[str, Any] = {"image": pictures}
+        if self._members.hears():
+            waveform = read_video_audio(video, self._frontend_spec(), max_seconds=self.max_seconds)
+            given["audio"] = [waveform] * (1 if pictures is None else len(pictures))
+        return answer(given)
+
     def _answer(
         self,
-        source: Any,
+        audio: Any,
         sample_rate: int | None,
         channels_first: bool,
         answer: Callable[[_Outputs, int], _T],
         inputs: Inputs | Sequence[Inputs] | None,
+        image: Any = None,
+        outputs: Sequence[str] | None = None,
     ) -> _T | list[_T]:
-        """Return ``answer(outputs, num_samples)`` of one source, or the list of them for several."""
-        if isinstance(source, (list, tuple)):
-            several: Iterable[NDArray[np.float32]] = self._waveforms(source, sample_rate, channels_first)
-            count = len(source)
-        elif _is_array(source) and (array := _array(source)).ndim == 2 and not channels_first:
-            several = as_waveform(array, self._spec, sample_rate=sample_rate)
-            count = len(array)
+        """Return ``answer(outputs, num_samples)`` of one clip, or the list of them for several."""
+        several: Iterable[NDArray[np.float32]] | None = None
+        count = 1
+        if audio is None:
+            if self._members.hears(outputs):
+                raise WaveformError(
+                    f"audio: missing; expected a recording, which model {self.card.name!r} hears"
+                    f"{' beside the picture' if self._members.picture(outputs) else ''}: pass audio=..., or video=...",
+                    code="missing",
+                )
+            _refuse_rate(sample_rate)
+            if isinstance(image, (list, tuple)):
+                count = len(image)
+                several = repeat(_SILENCE, count)
         else:
-            waveform = self._waveform(source, sample_rate, channels_first)
-            (extras,) = self._extras(inputs, 1)
-            segments, stacked = self._segments(waveform, extras)
-            return answer(self._run(segments, stacked), len(waveform))
-        return self._answer_in_groups(several, self._extras(inputs, count), answer)
+            self._check_hears(outputs)
+            if isinstance(audio, (list, tuple)):
+                several, count = self._waveforms(audio, sample_rate, channels_first), len(audio)
+            elif _is_array(audio) and (array := _array(audio)).ndim == 2 and not channels_first:
+                several, count = as_waveform(array, self._frontend_spec(), sample_rate=sample_rate), len(array)
+        extras = self._extras(self._with_pictures(inputs, image, count, outputs), count, outputs)
+        if several is not None:
+            return self._answer_in_groups(several, extras, answer, outputs)
+        waveform = _SILENCE if audio is None else self._waveform(audio, sample_rate, channels_first)
+        segments, stacked = self._segments(waveform, next(extras))
+        return answer(self._run(segments, stacked, outputs), len(waveform))
 
-    def _extras(self, inputs: Inputs | Sequence[Inputs] | None, count: int) -> list[_Extras]:
-        """Return the checked inputs of each of ``count`` clips."""
+    def _check_hears(self, outputs: Sequence[str] | None = None) -> None:
+        if not self._members.hears(outputs):
+            raise WaveformError(
+                f"audio: model {self.card.name!r} looks at pictures alone{'' if outputs is None else ' for this'}; "
+                "pass image=... and leave the audio out",
+                code="type",
+            )
+
+    def _with_pictures(
+        self, inputs: Inputs | Sequence[Inputs] | None, image: Any, count: int, outputs: Sequence[str] | None
+    ) -> Inputs | Sequence[Inputs] | None:
+        """Return ``inputs`` with the pictures among them."""
+        if image is None:
+            return inputs
+        part = self._members.picture(outputs)
+        if part is None:
+            raise WaveformError(
+                f"image: model {self.card.name!r} looks at no pictures{'' if outputs is None else ' for this'}; leave "
+                "it out, or use a model that does",
+                code="type",
+            )
+        if not isinstance(image, (list, tuple)):
+            if inputs is None or isinstance(inputs, Mapping):
+                return {**(inputs or {}), part.name: image}
+            image = [image] * count
+        if len(image) != count:
+            raise WaveformError(
+                f"image: got {len(image)} pictures for {count} clip{'' if count == 1 else 's'}; expected one for each, "
+                "in their order, or one by itself for all",
+                code="shape",
+            )
         if inputs is None or isinstance(inputs, Mapping):
-            return [self._members.checked(inputs)] * count
+            return [{**(inputs or {}), part.name: one} for one in image]
+        self._check_count(inputs, count)
+        return [{**own, part.name: one} for own, one in zip(inputs, image, strict=True)]
+
+    def _check_count(self, inputs: Sequence[Inputs], count: int) -> None:
         if not isinstance(inputs, (list, tuple)) or len(inputs) != count:
             got = f"{len(inputs)} of them" if isinstance(inputs, (list, tuple)) else type(inputs).__name__
             raise WaveformError(
                 f"inputs: got {got} for {count} clips; expected a mapping of name -> array for each, or one for all",
                 code="type",
             )
-        checked = []
+
+    def _extras(
+        self, inputs: Inputs | Sequence[Inputs] | None, count: int, outputs: Sequence[str] | None
+    ) -> Iterator[_Extras]:
+        """Return the checked inputs of each of ``count`` clips, read one by one."""
+        if inputs is None or isinstance(inputs, Mapping):
+            return repeat(self._members.checked(inputs, outputs), count)
+        self._check_count(inputs, count)
+        return self._checked_each(inputs, outputs)
+
+    def _checked_each(self, inputs: Sequence[Inputs], outputs: Sequence[str] | None) -> Iterator[_Extras]:
         for position, one in enumerate(inputs):
             with _naming(position):
-                checked.append(self._members.checked(one))
-        return checked
+                checked = self._members.checked(one, outputs)
+            yield checked
 
     def _segments(self, waveform: NDArray[np.float32], extras: _Extras) -> tuple[NDArray[np.float32], _Extras]:
         """Return what is scored of a clip, with the inputs beside it for each segment."""
-        segments = legal_segments(waveform, self.card)
+        segments = legal_segments(waveform, self.card) if len(waveform) else waveform[None]
         if len(segments) > 1:
             self._refuse_of_one_clip(extras)
         return segments, _repeated(extras, len(segments))
@@ -566,32 +806,36 @@ class TFAudioClassifier:
     def _answer_in_groups(
         self,
         waveforms: Iterable[NDArray[np.float32]],
-        extras: Sequence[_Extras],
+        extras: Iterable[_Extras],
         answer: Callable[[_Outputs, int], _T],
+        outputs: Sequence[str] | None,
     ) -> list[_T]:
-        """Score clips of equal length together, holding a bounded amount of audio at any time."""
+        """Score clips of equal length together, holding a bounded amount of audio and pictures at any time."""
         answers: dict[int, _T] = {}
         waiting: dict[Any, list[tuple[int, int, NDArray[np.float32], _Extras]]] = {}
-        limit = int(_BATCH_SECONDS * self.sample_rate)
+        limit = self._most_values
         held = 0
+
+        def size(group: Iterable[tuple[int, int, NDArray[np.float32], _Extras]]) -> int:
+            return sum(segments.size + sum(map(np.size, beside.values())) for _, _, segments, beside in group)
 
         def score(group: list[tuple[int, int, NDArray[np.float32], _Extras]]) -> int:
             stacked = {name: np.concatenate([beside[name] for *_, beside in group]) for name in group[0][3]}
-            outputs = self._run(np.concatenate([segments for _, _, segments, _ in group]), stacked)
+            found = self._run(np.concatenate([segments for _, _, segments, _ in group]), stacked, outputs)
             first = 0
             for position, num_samples, segments, _ in group:
                 part = slice(first, first + len(segments))
-                answers[position] = answer({name: value[part] for name, value in outputs.items()}, num_samples)
+                answers[position] = answer({name: value[part] for name, value in found.items()}, num_samples)
                 first += len(segments)
-            return sum(segments.size for _, _, segments, _ in group)
+            return size(group)
 
         for position, (waveform, own) in enumerate(zip(waveforms, extras, strict=True)):
             with _naming(position):
                 segments, stacked = self._segments(waveform, own)
             alike = (segments.shape[1], *((name, value.shape[1:]) for name, value in stacked.items()))
             waiting.setdefault(alike, []).append((position, len(waveform), segments, stacked))
-            held += segments.size
-            if sum(segments.size for _, _, segments, _ in waiting[alike]) >= limit:
+            held += size(waiting[alike][-1:])
+            if size(waiting[alike]) >= limit:
                 held -= score(waiting.pop(alike))
             if held > 4 * limit:
                 held -= sum(score(waiting.pop(alike)) for alike in list(waiting))
@@ -610,7 +854,7 @@ class TFAudioClassifier:
     def _waveform(self, source: Any, sample_rate: int | None, channels_first: bool) -> NDArray[np.float32]:
         if not _is_array(source):
             _refuse_rate(sample_rate)
-            return load_audio(source, self._spec, max_seconds=self.max_seconds)
+            return load_audio(source, self._frontend_spec(), max_seconds=self.max_seconds)
         array = _array(source)
         if array.ndim != 1 and not (channels_first and array.ndim == 2):
             raise WaveformError(
@@ -618,16 +862,19 @@ class TFAudioClassifier:
                 "channels_first=True, (channels, num_samples)",
                 code="rank",
             )
-        return as_waveform(array, self._spec, sample_rate=sample_rate, channels_first=channels_first)
+        return as_waveform(array, self._frontend_spec(), sample_rate=sample_rate, channels_first=channels_first)
 
-    def _run(self, segments: NDArray[np.float32], extras: _Extras) -> _Outputs:
+    def _run(self, segments: NDArray[np.float32], extras: _Extras, outputs: Sequence[str] | None = None) -> _Outputs:
         """Return the outputs of ``(segments, num_samples)`` waveforms of a legal length, a bounded part at a time."""
-        rows = max(1, int(_BATCH_SECONDS * self.sample_rate) // segments.shape[1])
+        values = segments.shape[1] + sum(value[0].size for value in extras.values())
+        rows = max(1, self._most_values // values)
         if len(segments) > rows:
             cuts = [slice(first, first + rows) for first in range(0, len(segments), rows)]
-            parts = [self._run(segments[cut], {name: value[cut] for name, value in extras.items()}) for cut in cuts]
+            parts = [
+                self._run(segments[cut], {name: value[cut] for name, value in extras.items()}, outputs) for cut in cuts
+            ]
             return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return self._members.run(segments, extras)
+        return self._members.run(segments, extras, outputs)
 
 
 def _lasting(given: str | os.PathLike[str], path: Path) -> str:
@@ -708,7 +955,7 @@ def _naming(position: int) -> Iterator[None]:
     """Say in an error which clip of a batch it is about."""
     try:
         yield
-    except (AudioDecodeError, WaveformError) as error:
+    except (AudioDecodeError, ImageDecodeError, VideoDecodeError, WaveformError) as error:
         error.args = (f"clip {position} (counted from 0): {error}",)
         raise
 
@@ -724,6 +971,15 @@ def _array(source: Any) -> NDArray[Any]:
         raise WaveformError(
             f"got {type(source).__name__}, which is not readable as an array: {error}", code="type"
         ) from error
+
+
+def _refuse_beside_video(audio: Any, image: Any) -> None:
+    if audio is not None or image is not None:
+        raise WaveformError(
+            f"video: got {'audio' if audio is not None else 'image'} beside it; a video holds both: leave that out, or "
+            "pass audio and image without video",
+            code="type",
+        )
 
 
 def _refuse_rate(sample_rate: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What a model takes beside audio: embeddings of another model, and masks."""
+"""What a model takes beside audio: pictures, embeddings of another model, and masks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from models_zoo.cards import ModelCard, ModelInput
 from models_zoo.errors import CardError, WaveformError
+from models_zoo.images import ImageSpec, load_image
 
 __all__ = ["as_declared", "check_axes", "extras_of", "shown"]
 
@@ -20,15 +21,22 @@ def shown(axes: Sequence[str]) -> str:
 
 
 def extras_of(cards: Sequence[ModelCard]) -> dict[str, ModelInput]:
-    """Return the inputs of source encoder or caller, by name; models that answer together are given the same.
+    """Return the inputs of source image, encoder or caller, by name; models that answer together are given the same.
 
     Raises:
         CardError: two models take an input of one name in different ways.
     """
     extras: dict[str, ModelInput] = {}
+    images = [card for card in cards if card.image is not None]
+    for card in images:
+        if card.image != images[0].image:
+            raise CardError(
+                f"image: {card.name!r} reads pictures in another way than {images[0].name!r}; members share it",
+                field="image",
+            )
     for card in cards:
         for part in card.inputs:
-            if part.source in ("encoder", "caller") and extras.setdefault(part.name, part) != part:
+            if part.source in ("image", "encoder", "caller") and extras.setdefault(part.name, part) != part:
                 raise CardError(
                     f"inputs: {card.name!r} takes {part.name!r} as {part.dtype} {shown(part.axes)}, an earlier "
                     f"model as {extras[part.name].dtype} {shown(extras[part.name].axes)}; members share such inputs",
@@ -37,12 +45,20 @@ def extras_of(cards: Sequence[ModelCard]) -> dict[str, ModelInput]:
     return extras
 
 
-def as_declared(part: ModelInput, value: Any) -> NDArray[Any]:
+def as_declared(part: ModelInput, value: Any, image: ImageSpec | None = None) -> NDArray[Any]:
     """Return one clip's array as the card declares it.
+
+    Args:
+        part: the input.
+        value: an array; of an input of source image, a picture as :func:`models_zoo.images.read_image` takes it.
+        image: how pictures are read.
 
     Raises:
         WaveformError: of another type or shape, or not finite.
+        ImageDecodeError: a picture that cannot be read.
     """
+    if part.source == "image" and image is not None:
+        return load_image(value, image)
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
@@ -74,6 +90,7 @@ def check_axes(card: ModelCard, given: Mapping[str, NDArray[Any]], outputs: Mapp
     made = {
         axis: size
         for output in card.outputs
+        if output.name in outputs
         for axis, size in zip(output.axes, outputs[output.name].shape, strict=True)
         if not axis.isdigit()
     }

@@ -38,11 +38,11 @@ class Members:
 
     Attributes:
         card: of the model; for several, a card that describes their mean.
-        frontends: distinct front ends, the first model's first.
-        extras: name -> the inputs that do not come from audio: embeddings and masks.
+        frontends: distinct front ends, the first model's first; none of models that hear nothing.
+        extras: name -> the inputs that do not come from audio: pictures, embeddings and masks.
 
     Raises:
-        ModelFileError: see :class:`OnnxSession`; or a model takes images, or has no front end.
+        ModelFileError: see :class:`OnnxSession`; or a model takes neither sound nor pictures.
         CardError: models that do not go together, or impossible weights, or an encoder that does not fit; named in
             ``field``.
     """
@@ -59,7 +59,8 @@ class Members:
     ) -> None:
         self._sessions = [OnnxSession(model, device, threads) for model in models]
         self._cards = [session.card for session in self._sessions]
-        self._specs = [_spec_of(card) for card in self._cards]
+        for card in self._cards:
+            _check_sources(card)
         self._weights = normalised_weights(weights, len(models))
         self._mean: Mean = mean
         if len(models) > 1:
@@ -67,11 +68,14 @@ class Members:
             self.card = _card_of(self._cards, self._weights, mean)
         else:
             self.card = self._cards[0]
-        tensorflow = claim_tensorflow()
-        self._on_cpu: Callable[[], AbstractContextManager[Any]] = lambda: tensorflow.device("/CPU:0")
-        from infer_tf.frontend import TFFrontend
+        specs = [card.frontend for card in self._cards if card.frontend is not None]
+        self.frontends: dict[FrontendSpec, Any] = {}
+        if specs:
+            tensorflow = claim_tensorflow()
+            self._on_cpu: Callable[[], AbstractContextManager[Any]] = lambda: tensorflow.device("/CPU:0")
+            from infer_tf.frontend import TFFrontend
 
-        self.frontends: dict[FrontendSpec, Any] = {spec: TFFrontend(spec) for spec in dict.fromkeys(self._specs)}
+            self.frontends = {spec: TFFrontend(spec) for spec in dict.fromkeys(specs)}
         self.extras = extras_of(self._cards)
         encoded = [part for part in self.extras.values() if part.source == "encoder"]
         if encoder is not None and not encoded:
@@ -79,7 +83,8 @@ class Members:
         self._encoder = None if encoder is None else Members([encoder], device, threads)
         self._encoded = {} if self._encoder is None else {part.name: self._fitting(part) for part in encoded}
         # By place: to hash and compare a spec for every member of every clip takes a tenth of a millisecond each.
-        self._places = [list(self.frontends).index(spec) for spec in self._specs]
+        places = list(self.frontends)
+        self._places = [None if card.frontend is None else places.index(card.frontend) for card in self._cards]
 
     def num_classes(self) -> int:
         """Return the number of clip scores, 0 where there are none or the graph does not say."""
@@ -120,24 +125,51 @@ class Members:
             field="inputs",
         )
 
-    def checked(self, given: Mapping[str, Any] | None) -> dict[str, NDArray[Any]]:
+    def hears(self, outputs: Sequence[str] | None = None) -> bool:
+        """Return whether outputs, by name, or all of them are computed from audio."""
+        return any(
+            part.source in ("frontend", "waveform") or (part.source == "encoder" and part.name in self._encoded)
+            for card in self._cards
+            for part in card.inputs_of(outputs)
+        )
+
+    def picture(self, outputs: Sequence[str] | None = None) -> ModelInput | None:
+        """Return the input that outputs, by name, or all of them take a picture through, or None."""
+        return next((part for part in self.needed(outputs).values() if part.source == "image"), None)
+
+    def needed(self, outputs: Sequence[str] | None = None) -> dict[str, ModelInput]:
+        """Return the inputs that do not come from audio of outputs, by name, or of all of them."""
+        asked = {part.name for card in self._cards for part in card.inputs_of(outputs)}
+        return {name: part for name, part in self.extras.items() if name in asked}
+
+    def checked(self, given: Mapping[str, Any] | None, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Return the inputs of one clip that do not come from audio, as the card wants them, without a batch axis.
 
         Args:
-            given: name -> array; may leave out what the encoder computes.
+            given: name -> array, or a picture; may leave out what the encoder computes.
+            outputs: names of those asked for, or None for all.
 
         Raises:
             WaveformError: an input that the model does not take, one that is missing, or one of another type or shape.
+            ImageDecodeError: a picture that cannot be read.
         """
         given = given or {}
-        strangers = sorted(set(given) - set(self.extras))
+        needed = self.needed(outputs)
+        strangers = sorted(set(given) - set(needed))
         if strangers:
             raise WaveformError(
                 f"inputs: got {', '.join(strangers)}; model {self.card.name!r} takes "
-                f"{', '.join(self.extras) or 'nothing but audio'}",
+                f"{', '.join(needed) or 'nothing but audio'}{'' if outputs is None else f' for {outputs[0]}'}",
                 code="type",
             )
-        for name, part in self.extras.items():
+        for name, part in needed.items():
+            if name not in given and part.source == "image":
+                raise WaveformError(
+                    f"image: missing; model {self.card.name!r} looks at a picture"
+                    f"{' beside the audio' if self.hears(outputs) else ''}; pass image=... (or inputs={{{name!r}: "
+                    "picture}, which goes for every window), or video=...",
+                    code="missing",
+                )
             if name not in given and name not in self._encoded:
                 encoder = "encoder=... or " if part.source == "encoder" else ""
                 raise WaveformError(
@@ -145,16 +177,20 @@ class Members:
                     f"beside the audio; pass {encoder}inputs={{{name!r}: array}}",
                     code="missing",
                 )
-        return {name: as_declared(self.extras[name], value) for name, value in given.items()}
+        return {name: as_declared(self.extras[name], value, self.card.image) for name, value in given.items()}
 
     def run(
-        self, waveform: NDArray[np.float32], extras: Mapping[str, NDArray[Any]] | None = None
+        self,
+        waveform: NDArray[np.float32],
+        extras: Mapping[str, NDArray[Any]] | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> dict[str, NDArray[np.float32]]:
         """Return the outputs on the card for ``(batch, num_samples)`` float32 of a legal length.
 
         Args:
-            waveform: at the model's rate.
+            waveform: at the model's rate; of no samples where nothing that is asked for comes from audio.
             extras: the inputs that do not come from audio, checked, each with a batch axis.
+            outputs: of one model: names of those wanted, or None for all.
 
         Raises:
             ModelFileError, ClosedError: see :class:`OnnxSession`.
@@ -168,18 +204,19 @@ class Members:
         answers: list[dict[str, NDArray[np.float32]]] = []
         for session, card, place in zip(self._sessions, self._cards, self._places, strict=True):
             fed: dict[str, NDArray[Any]] = {}
-            for part in card.inputs:
+            for part in card.inputs_of(outputs):
                 if part.source == "waveform":
                     fed[part.name] = waveform
                     continue
                 if part.name in beside:
                     fed[part.name] = beside[part.name]
                     continue
+                assert place is not None  # what is left comes from the front end
                 if place not in features:
                     with self._on_cpu():
                         features[place] = frontends[place].features(waveform)
                 fed[part.name] = features[place]
-            answers.append(session.run(fed))
+            answers.append(session.run(fed, outputs))
             check_axes(card, beside, answers[-1])
         if len(answers) == 1:
             return answers[0]
@@ -218,15 +255,15 @@ class Members:
         return {**extras, **{name: outputs[output] for name, output in wanted.items()}}
 
 
-def _spec_of(card: ModelCard) -> FrontendSpec:
-    pictures = [part.name for part in card.inputs if part.source == "image"]
-    hears = any(part.source in ("frontend", "waveform") for part in card.inputs)
-    if card.frontend is None or pictures or not hears:
-        why = f"inputs {pictures} are pictures" if pictures else "no input of it comes from audio"
+def _check_sources(card: ModelCard) -> None:
+    """Refuse a model that is fed neither from audio nor from pictures."""
+    sources = {part.source for part in card.inputs}
+    hears = bool(sources & {"frontend", "waveform"})
+    if (hears and card.frontend is None) or not (hears or "image" in sources):
         raise ModelFileError(
-            f"model {card.name!r} cannot be fed from audio: {why}; use OnnxSession and feed it yourself"
+            f"model {card.name!r} cannot be fed from audio or pictures: no input of it comes from either; use "
+            "OnnxSession and feed it yourself"
         )
-    return card.frontend
 
 
 def _clip_of(card: ModelCard) -> ModelOutput:

@@ -48,7 +48,8 @@ def check_members(cards: Sequence[ModelCard], mean: Mean) -> None:
                 "probabilities",
                 field="outputs",
             )
-        pairs = (("task", card.task, first.task), ("frontend.sample_rate", card.sample_rate, first.sample_rate))
+        rates = [None if one.frontend is None else one.sample_rate for one in (card, first)]
+        pairs = (("task", card.task, first.task), ("frontend.sample_rate", rates[0], rates[1]))
         for field, got, expected in pairs:
             if got != expected:
                 raise CardError(

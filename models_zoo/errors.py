@@ -12,6 +12,7 @@
     ├── WaveformError (ValueError)          an array is not a waveform; has a ``code``
     │   └── ClipLengthError                 a clip is shorter or longer than the model allows
     ├── DataError (ValueError)              a data folder, manifest or label table is wrong
+    ├── IndexFileError (ValueError)         a search index cannot be used; has a ``code``
     ├── CheckpointError (ValueError)        a checkpoint is corrupt, unsafe or does not fit its card
     ├── DownloadError (RuntimeError)        a published file could not be fetched; has a ``code``
     ├── ModelFileError (ValueError)         an ONNX file has no card, or disagrees with it
@@ -43,6 +44,7 @@ __all__ = [
     "DownloadError",
     "ExportError",
     "ImageDecodeError",
+    "IndexFileError",
     "MissingDependencyError",
     "ModelFileError",
     "OutputExistsError",
@@ -124,6 +126,13 @@ class VideoDecodeError(_CodedError):
 
     ``code`` is one of ``type``, ``not_found``, ``not_readable``, ``empty``, ``not_video``, ``no_audio``,
     ``no_video``, ``no_frames``, ``too_large``, ``too_long``, ``corrupt``.
+    """
+
+
+class IndexFileError(_CodedError):
+    """A search index cannot be used.
+
+    ``code`` is one of ``not_found``, ``not_readable``, ``corrupt``, ``model`` (built with another one).
     """
 
 

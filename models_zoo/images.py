@@ -18,13 +18,25 @@ from pydantic import Field
 from models_zoo.errors import ImageDecodeError, SpecError
 from models_zoo.schema import Declaration, Sequence
 
-__all__ = ["MAX_PIXELS", "ImageSource", "ImageSpec", "crop_image", "load_image", "normalise_image", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "ImageSource",
+    "ImageSpec",
+    "crop_image",
+    "load_image",
+    "normalise_image",
+    "read_image",
+]
 
 ImageSource: TypeAlias = str | Path | bytes | bytearray | memoryview | BinaryIO | NDArray[np.uint8]
 """A path, the bytes of a file, a file object open for reading bytes, or a ``(height, width[, 3])`` uint8 array."""
 
 MAX_PIXELS = 64_000_000
 """Most pixels of a picture that is decoded: 192 MB of RGB."""
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+"""By which files are taken for pictures where nothing else says so."""
 
 _MOST_STRETCHED = 64
 """Greatest ratio of a picture's sides: more would be resized to a strip far larger than what is cropped out of it."""

@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,22 @@ from models_zoo.errors import MissingDependencyError, VideoDecodeError
 from models_zoo.images import MAX_PIXELS
 from models_zoo.specs import FrontendSpec
 
-__all__ = ["MIDDLE", "NUM_FRAMES", "VideoSource", "frame_indices", "read_video_audio", "read_video_frames"]
+__all__ = [
+    "MIDDLE",
+    "NUM_FRAMES",
+    "VIDEO_SUFFIXES",
+    "VideoSource",
+    "chosen_frames",
+    "frame_indices",
+    "read_video_audio",
+    "read_video_frames",
+]
 
 VideoSource: TypeAlias = str | Path | bytes | bytearray | memoryview | BinaryIO
 """A path, the bytes of a file, or a file object open for reading bytes."""
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})
+"""By which files are taken for videos where nothing else says so."""
 
 NUM_FRAMES = 10
 """Evenly spaced frames of a video; the published systems know no others."""
@@ -46,6 +58,26 @@ def frame_indices(num_frames: int, rate: float) -> list[int]:
     return [max(int(i * total / NUM_FRAMES) - 1, 0) for i in range(NUM_FRAMES)]
 
 
+def chosen_frames(frames: str | int | Sequence[int]) -> tuple[int, ...]:
+    """Return which of the ten frames are meant by ``middle``, ``all``, an index 0 to 9, or several.
+
+    Raises:
+        VideoDecodeError: anything else; ``code`` ``type``.
+    """
+    if frames == "middle":
+        return (MIDDLE,)
+    if frames == "all":
+        return tuple(range(NUM_FRAMES))
+    chosen = (frames,) if isinstance(frames, int) else frames
+    legal = not isinstance(chosen, str) and all(isinstance(i, int) and 0 <= i < NUM_FRAMES for i in chosen)
+    if not legal or not chosen:
+        raise VideoDecodeError(
+            f"frames: got {frames!r}; expected 'middle', 'all', or frames 0 to {NUM_FRAMES - 1}, at least one",
+            code="type",
+        )
+    return tuple(cast(Sequence[int], chosen))
+
+
 def read_video_frames(source: VideoSource, chosen: Sequence[int] = (MIDDLE,)) -> list[Image.Image]:
     """Return frames of a video as pictures in RGB.
 
@@ -59,10 +91,7 @@ def read_video_frames(source: VideoSource, chosen: Sequence[int] = (MIDDLE,)) ->
             not 0 to 9.
         MissingDependencyError: PyAV is not installed.
     """
-    if not chosen or any(not isinstance(index, int) or not 0 <= index < NUM_FRAMES for index in chosen):
-        raise VideoDecodeError(
-            f"chosen: got {list(chosen)}; expected frames 0 to {NUM_FRAMES - 1}, at least one", code="type"
-        )
+    chosen = chosen_frames(chosen)
     with _opened(source) as (container, name):
         stream = _stream_of(container, "video", name)
         if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:

@@ -26,7 +26,7 @@ ARROWS = {
 """Folder -> folders of ours it may import, itself aside."""
 
 PRODUCTION = {
-    "models_zoo": {"numpy", "scipy", "soundfile", "soxr", "pydantic", "tqdm", "PIL", "av", "pandas", "sed_scores_eval"},
+    "models_zoo": {"numpy", "scipy", "soundfile", "soxr", "pydantic", "tqdm", "PIL", "av", "faiss", "pandas", "sed_scores_eval"},
     "infer_tf": {"numpy", "soundfile", "tensorflow", "onnxruntime", "onnx", "pydantic", "tqdm", "matplotlib"},
 }
 """Folder of the wheel -> libraries it may import; each comes with the wheel or one of its extras."""

@@ -329,7 +329,7 @@ def test_an_unlabelled_model_numbers_its_classes(tmp_path):
 
 def test_a_model_that_hears_nothing_is_refused(tmp_path):
     card = tiny_card(inputs=[{"name": "features", "axes": ["batch", "128", "time"], "source": "encoder"}])
-    with pytest.raises(ModelFileError, match="no input of it comes from audio"):
+    with pytest.raises(ModelFileError, match="no input of it comes from either"):
         TFAudioClassifier(write_tiny(tmp_path / "e.onnx", card))
     with pytest.raises(ModelFileError, match="expected the path"):
         TFAudioClassifier(tiny_model())

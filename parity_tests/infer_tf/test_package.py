@@ -25,7 +25,7 @@ def python(code: str, *arguments: object, **environment: str) -> subprocess.Comp
 
 
 def test_the_public_names_are_few_and_there():
-    assert infer_tf.__all__ == ["OnnxSession", "TFAudioClassifier", "TFFrontend"]
+    assert infer_tf.__all__ == ["AudioVisualIndex", "OnnxSession", "TFAudioClassifier", "TFFrontend"]
     assert set(infer_tf.__all__) <= set(dir(infer_tf))
     with pytest.raises(AttributeError, match="no attribute 'TFAudioClasifier'"):
         _ = infer_tf.TFAudioClasifier

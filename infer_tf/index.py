@@ -1,0 +1,338 @@
+"""Search among sounds and pictures by what a two-tower model makes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from tqdm import tqdm
+
+from infer_tf.classifier import TFAudioClassifier
+from models_zoo.dataset import AUDIO_SUFFIXES
+from models_zoo.errors import DataError, IndexFileError, MissingDependencyError, VideoDecodeError
+from models_zoo.files import replacing
+from models_zoo.images import IMAGE_SUFFIXES
+from models_zoo.schema import Declaration
+from models_zoo.schema import Sequence as Parts
+from models_zoo.video import VIDEO_SUFFIXES, read_video_audio, read_video_frames
+
+__all__ = ["AudioVisualIndex", "Entry", "Kind", "Match", "kind_of"]
+
+Kind: TypeAlias = Literal["audio", "image"]
+"""Sound or picture."""
+
+_MARGIN = 1e-6  # of a cosine in float32: what may tie with the last match is looked at too
+_MOST_BYTES = 1 << 31
+
+
+class Entry(Declaration):
+    """One thing in an index.
+
+    Attributes:
+        path: of its file, as it was given.
+        kind: which side of the file: a video may be in an index with its sound and with its picture.
+        label: what is known of it, or None.
+    """
+
+    path: str
+    kind: Kind
+    label: str | None = None
+
+
+class _Header(Declaration):
+    version: Literal[1] = 1
+    model: str
+    model_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    entries: Parts[Entry]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Something found: the path and label of its entry, its kind, and the cosine with the query."""
+
+    path: str
+    label: str | None
+    kind: Kind
+    cosine: float
+
+
+class AudioVisualIndex:
+    """Embeddings of sounds and pictures, searched by cosine.
+
+    ::
+
+        index = AudioVisualIndex.build(classifier, ["dog.wav", "dog.jpg", "clip.mp4"])
+        index.save("pairs.index")
+        AudioVisualIndex.load("pairs.index", classifier).search(audio="bark.wav", k=3)
+
+    Args:
+        classifier: the model whose embeddings these are; queries go through it.
+        entries: what is in the index, in the order in which equal matches are listed.
+        vectors: ``(num_entries, size)`` float32, of any length but 0; brought to length 1 here.
+
+    Raises:
+        DataError: no entry, or an embedding of zeros, which points nowhere.
+    """
+
+    suffixes: ClassVar[frozenset[str]] = AUDIO_SUFFIXES | IMAGE_SUFFIXES | VIDEO_SUFFIXES
+
+    def __init__(self, classifier: TFAudioClassifier, entries: Sequence[Entry], vectors: NDArray[np.float32]) -> None:
+        if not entries or len(entries) != len(vectors):
+            raise DataError(f"got {len(entries)} entries and {len(vectors)} vectors; an index needs one each, at least")
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        nowhere = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0))[:, 0])
+        if nowhere.size:
+            raise DataError(f"the embedding of {entries[nowhere[0]].path} is zero or not finite; it points nowhere")
+        self.classifier = classifier
+        self.entries = tuple(entries)
+        # What has been brought to length 1 before stays as it is, so that a loaded index answers as the saved one.
+        self.vectors = np.ascontiguousarray(vectors / np.where(np.abs(lengths - 1) < _MARGIN, 1, lengths), np.float32)
+        self._searchers: dict[tuple[Kind, ...], tuple[Any, NDArray[np.int64]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @classmethod
+    def build(
+        cls,
+        classifier: TFAudioClassifier,
+        files: Iterable[str | os.PathLike[str] | tuple[str | os.PathLike[str], str | None]],
+        *,
+        progress: bool = True,
+    ) -> Self:
+        """Return the index of files: sounds, pictures, and videos, whose sound and middle picture are both entered.
+
+        Args:
+            classifier: a model with an embedding for sound, for pictures, or one for each.
+            files: paths, or pairs of a path and a label; their suffixes say what they are.
+            progress: show a bar on standard error where that is a terminal.
+
+        Raises:
+            DataError: no file, or one of a suffix that tells nothing.
+            ModelFileError: a file of a kind the model has no embedding for.
+            AudioDecodeError, ImageDecodeError, VideoDecodeError, WaveformError: a file that cannot be read or embedded.
+        """
+        given = [(one, None) if isinstance(one, (str, os.PathLike)) else one for one in files]
+        kinds = [kind_of(path) for path, _ in given]
+        entries: list[Entry] = []
+        vectors: list[NDArray[np.float32]] = []
+        bar = tqdm(zip(given, kinds, strict=True), total=len(given), unit="file", disable=None if progress else True)
+        for (path, label), kind in bar:
+            for side, vector in _embedded(classifier, path, kind):
+                entries.append(Entry(path=os.fspath(path), kind=side, label=label))
+                vectors.append(vector)
+        if not vectors:
+            raise DataError("no file to enter; an index needs at least one")
+        return cls(classifier, entries, np.stack(vectors))
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the index to one file, completely or not at all.
+
+        Raises:
+            OutputExistsError: ``path`` exists and ``force`` is false.
+            OutputWriteError: the operating system refused the write.
+        """
+        header = _Header(
+            model=self.classifier.name,
+            model_sha256=_sha256_of(self.classifier),
+            entries=self.entries,
+        )
+        text = np.frombuffer(header.to_json().encode("utf-8"), np.uint8)
+        with replacing(Path(path), force=force) as partial, partial.open("wb") as file:
+            np.savez(file, header=text, vectors=self.vectors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], classifier: TFAudioClassifier | None = None) -> Self:
+        """Return the index in a file; inverse of :meth:`save`.
+
+        Args:
+            path: of the file.
+            classifier: the model it was built with; None for the one it names, from where that was.
+
+        Raises:
+            IndexFileError: no such file, not an index, damaged, or built with another model; ``code`` says which.
+            ModelFileError, UnknownNameError: the model it names is not there any more.
+        """
+        header, vectors = _read(Path(path))
+        if classifier is None:
+            classifier = TFAudioClassifier(header.model)
+        if _sha256_of(classifier) != header.model_sha256:
+            raise IndexFileError(
+                f"{path}: was built with another model (sha256 {header.model_sha256[:12]}...) than "
+                f"{classifier.card.name!r} ({_sha256_of(classifier)[:12]}...), whose embeddings mean something else; "
+                "build it again, or use its own model",
+                code="model",
+            )
+        try:
+            return cls(classifier, header.entries, vectors)
+        except DataError as error:
+            raise _corrupt(Path(path), str(error)) from None
+
+    def search(
+        self, *, audio: Any = None, image: Any = None, k: int = 10, among: Kind | None = None, **options: Any
+    ) -> list[Match]:
+        """Return the ``k`` entries nearest to a sound or a picture, nearest first, equal ones in their order.
+
+        Args:
+            audio, image: the query, one of them, as :meth:`TFAudioClassifier.embed_audio` and ``embed_image`` take it.
+            k: how many.
+            among: search ``audio`` or ``image`` entries alone; None for those of the other kind than the query's where
+                there are any (sounds find pictures, and pictures sounds), else all.
+            **options: of ``embed_audio``, e.g. ``sample_rate``.
+
+        Raises:
+            DataError: two queries or none, ``k`` is less than 1 or more than there are entries to search, or an
+                embedding of zeros.
+            MissingDependencyError: faiss is not installed.
+            AudioDecodeError, ImageDecodeError, WaveformError, ModelFileError: as the embeddings.
+        """
+        if (audio is None) == (image is None):
+            raise DataError("a search is by sound or by picture: pass audio=..., or image=...")
+        if audio is not None:
+            vector = self.classifier.embed_audio(audio, **options)
+        else:
+            vector = self.classifier.embed_image(image, **options)
+        return self.nearest(vector, k, kinds=self._searched("audio" if image is None else "image", among))
+
+    def _searched(self, asked: Kind, among: Kind | None) -> tuple[Kind, ...]:
+        """Return the kinds of entries to search for a query of a kind."""
+        there = {entry.kind for entry in self.entries}
+        if among is not None:
+            return (among,)
+        other: Kind = "image" if asked == "audio" else "audio"
+        return (other,) if other in there else (asked,)
+
+    def nearest(
+        self, vector: NDArray[np.float32], k: int = 10, *, kinds: Sequence[Kind] = ("audio", "image")
+    ) -> list[Match]:
+        """Return the ``k`` entries of ``kinds`` nearest to an embedding ``(size,)``; see :meth:`search`.
+
+        Raises:
+            DataError, MissingDependencyError: as :meth:`search`.
+        """
+        searcher, places = self._searcher(tuple(kinds))
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(places):
+            raise DataError(f"k: got {k!r}; the index has {len(places)} entries of {' and '.join(kinds)} to search")
+        query = np.asarray(vector, np.float32).reshape(1, -1)
+        length = float(np.linalg.norm(query))
+        if query.shape[1] != self.vectors.shape[1] or not 0 < length < np.inf:
+            raise DataError(
+                f"got an embedding of {query.shape[1]} numbers and length {length:g}; expected "
+                f"{self.vectors.shape[1]} that point somewhere"
+            )
+        query /= length
+        cosines, _ = searcher.search(query, k)
+        # faiss keeps any of those that tie for the last place.
+        _, cosines_there, there = searcher.range_search(query, float(cosines[0, -1]) - _MARGIN)
+        best = np.lexsort((there, -cosines_there))[:k]
+        return [
+            Match(entry.path, entry.label, entry.kind, float(cosine))
+            for entry, cosine in ((self.entries[places[there[i]]], cosines_there[i]) for i in best)
+        ]
+
+    def _searcher(self, kinds: tuple[Kind, ...]) -> tuple[Any, NDArray[np.int64]]:
+        """Return faiss's index of the entries of some kinds, and their places."""
+        if kinds not in self._searchers:
+            places = np.array([i for i, entry in enumerate(self.entries) if entry.kind in kinds], np.int64)
+            searcher = _faiss().IndexFlatIP(self.vectors.shape[1])
+            searcher.add(self.vectors[places])
+            self._searchers[kinds] = searcher, places
+        return self._searchers[kinds]
+
+
+def kind_of(path: str | os.PathLike[str]) -> Literal["audio", "image", "video"]:
+    """Return what a file is by its suffix.
+
+    Raises:
+        DataError: the suffix tells nothing.
+    """
+    suffix = Path(path).suffix.lower()
+    for kind, suffixes in (("audio", AUDIO_SUFFIXES), ("image", IMAGE_SUFFIXES), ("video", VIDEO_SUFFIXES)):
+        if suffix in suffixes:
+            return kind  # type: ignore[return-value]
+    raise DataError(
+        f"{os.fspath(path)}: its suffix {suffix!r} is none of a sound, a picture or a video; expected "
+        f"{', '.join(sorted(AudioVisualIndex.suffixes))}"
+    )
+
+
+def _embedded(
+    classifier: TFAudioClassifier, path: str | os.PathLike[str], kind: Literal["audio", "image", "video"]
+) -> Iterator[tuple[Kind, NDArray[np.float32]]]:
+    """Yield what is entered of a file."""
+    if kind == "audio":
+        yield "audio", classifier.embed_audio(os.fspath(path))
+    elif kind == "image":
+        yield "image", classifier.embed_image(os.fspath(path))
+    else:
+        yield from _sides_of(classifier, os.fspath(path))
+
+
+def _sides_of(classifier: TFAudioClassifier, path: str) -> Iterator[tuple[Kind, NDArray[np.float32]]]:
+    """Yield the sound and the middle picture of a video, or the one it has."""
+    missing: VideoDecodeError | None = None
+    try:
+        waveform = read_video_audio(path, classifier.frontend.spec, max_seconds=classifier.max_seconds)
+        yield "audio", classifier.embed_audio(waveform)
+    except VideoDecodeError as error:
+        if error.code != "no_audio":
+            raise
+        missing = error
+    try:
+        (frame,) = read_video_frames(path)
+    except VideoDecodeError as error:
+        if error.code != "no_video" or missing is not None:
+            raise
+        return
+    yield "image", classifier.embed_image(np.asarray(frame))
+
+
+def _sha256_of(classifier: TFAudioClassifier) -> str:
+    """Return the hash of the model's file, or of those of several files' hashes."""
+    digests = []
+    for path in classifier.paths:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _corrupt(path: Path, why: str) -> IndexFileError:
+    return IndexFileError(f"{path}: is no index, or a damaged one ({why}); build it again", code="corrupt")
+
+
+def _read(path: Path) -> tuple[_Header, NDArray[np.float32]]:
+    try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise _corrupt(path, f"{size} bytes, more than {_MOST_BYTES}")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+            header = _Header.from_json(held["header"].tobytes())
+            vectors = held["vectors"]
+    except FileNotFoundError:
+        raise IndexFileError(f"{path}: no such file; crossfade index makes one", code="not_found") from None
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, AttributeError, MemoryError) as error:
+        if isinstance(error, IndexFileError):
+            raise
+        raise _corrupt(path, " ".join(str(error).split())[:200]) from None
+    except OSError as error:
+        raise IndexFileError(f"{path}: cannot be read: {error.strerror or error}", code="not_readable") from None
+    if vectors.dtype != np.float32 or vectors.ndim != 2:
+        raise _corrupt(path, f"vectors of {vectors.dtype} {vectors.shape}")
+    return header, vectors
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise MissingDependencyError("searching needs faiss; install crossfade[search]") from None
+    return faiss

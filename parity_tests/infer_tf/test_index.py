@@ -1,0 +1,170 @@
+"""The index of sounds and pictures: what it finds, in which order, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from infer_tf import AudioVisualIndex, TFAudioClassifier
+from infer_tf.index import Entry
+from models_zoo.errors import (
+    AudioDecodeError,
+    DataError,
+    IndexFileError,
+    MissingDependencyError,
+    ModelFileError,
+    OutputExistsError,
+)
+from models_zoo.retrieval import cosine_similarity
+from parity_tests.infer_tf.tiny_pairs import RATE, WIDTH, picture, video, write_pair, write_picture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("search")
+    write_pair(root / "towers.onnx", "towers")
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        noise = rng.standard_normal(RATE) * np.linspace(0.01, 0.3, RATE) ** (1 + index)
+        soundfile.write(root / f"{index}.wav", noise, RATE)
+        write_picture(root / f"{index}.png", index)
+    (root / "clip.mkv").write_bytes(video(seed=3))
+    return root
+
+
+@pytest.fixture(scope="module")
+def towers(folder):
+    with TFAudioClassifier(folder / "towers.onnx", threads=1) as classifier:
+        yield classifier
+
+
+@pytest.fixture(scope="module")
+def index(folder, towers):
+    files = [(folder / f"{i}.{suffix}", f"thing {i}") for i in range(6) for suffix in ("wav", "png")]
+    return AudioVisualIndex.build(towers, [*files, folder / "clip.mkv"])
+
+
+def test_sounds_find_pictures_and_pictures_sounds(folder, towers, index):
+    assert len(index) == 14
+    assert [entry.kind for entry in index.entries[-2:]] == ["audio", "image"]
+    for asked, found, suffixes in (("audio", "image", (".wav", ".png")), ("image", "audio", (".png", ".wav"))):
+        query = folder / f"2{suffixes[0]}"
+        matches = index.search(**{asked: query}, k=7)
+        vector = towers.embed_audio(query) if asked == "audio" else towers.embed_image(query)
+        there = [(entry, row) for entry, row in zip(index.entries, index.vectors, strict=True) if entry.kind == found]
+        cosines = cosine_similarity(vector[None], [row for _, row in there])[0]
+        order = np.argsort(-cosines, kind="stable")
+        assert [match.path for match in matches] == [there[i][0].path for i in order]
+        assert np.abs(np.array([match.cosine for match in matches]) - cosines[order]).max() < 1e-6
+        assert {match.kind for match in matches} == {found}
+        assert matches == index.search(**{asked: str(query)}, k=7)
+        assert [match.label for match in matches if "clip" not in match.path] == [
+            there[i][0].label for i in order if there[i][0].label
+        ]
+    (itself,) = index.search(audio=folder / "4.wav", k=1, among="audio")
+    assert (itself.path, itself.kind) == (str(folder / "4.wav"), "audio")
+    assert itself.cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_both_sides_of_a_video_are_entered(folder, towers, tmp_path):
+    (tmp_path / "silent.mkv").write_bytes(video(seed=1, heard=False))
+    (tmp_path / "dark.mkv").write_bytes(video(seed=1, pictures=False))
+    built = AudioVisualIndex.build(towers, [tmp_path / "silent.mkv", (tmp_path / "dark.mkv", "night")])
+    assert [(entry.kind, entry.label) for entry in built.entries] == [("image", None), ("audio", "night")]
+
+
+def test_equal_matches_come_in_the_order_they_were_entered(towers):
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((3, WIDTH)).astype(np.float32)
+    vectors = np.concatenate([rows[[1]], *[rows[[0]]] * 40, rows[[2]]])
+    entries = [Entry(path=str(place), kind="image") for place in range(len(vectors))]
+    index = AudioVisualIndex(towers, entries, vectors)
+    for k in (1, 3, 39):
+        found = index.nearest(rows[0], k)
+        assert [match.path for match in found] == [str(1 + place) for place in range(k)]
+        assert len({match.cosine for match in found}) == 1
+
+
+def test_an_index_is_saved_and_loaded_whole(folder, towers, index, tmp_path):
+    path = tmp_path / "pairs.index"
+    index.save(path)
+    for classifier in (towers, None):
+        loaded = AudioVisualIndex.load(path, classifier)
+        assert loaded.entries == index.entries
+        assert np.abs(loaded.vectors - index.vectors).max() < 1e-7
+        assert loaded.search(audio=folder / "1.wav", k=5) == index.search(audio=folder / "1.wav", k=5)
+    with pytest.raises(OutputExistsError):
+        index.save(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["pairs.index"]
+
+
+def test_the_index_of_another_model_is_refused(index, tmp_path):
+    index.save(tmp_path / "pairs.index")
+    with (
+        TFAudioClassifier(write_pair(tmp_path / "towers.onnx", "towers", seed=1), threads=1) as other,
+        pytest.raises(IndexFileError, match="built with another model") as refused,
+    ):
+        AudioVisualIndex.load(tmp_path / "pairs.index", other)
+    assert refused.value.code == "model"
+
+
+def test_files_that_are_no_index(towers, index, tmp_path):
+    index.save(tmp_path / "pairs.index")
+    whole = (tmp_path / "pairs.index").read_bytes()
+    cases = {"empty": b"", "text": b"no index at all", "cut": whole[: len(whole) // 2], "array": b"\x93NUMPY\x01\x00"}
+    for place in (60, len(whole) // 2, len(whole) - 60):
+        cases[f"bit at {place}"] = whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :]
+    path = tmp_path / "other.index"
+    for name, data in cases.items():
+        path.write_bytes(data)
+        with pytest.raises(IndexFileError, match="damaged") as refused:
+            AudioVisualIndex.load(path, towers)
+        assert refused.value.code == "corrupt", name
+    with path.open("wb") as file:
+        np.savez(file, header=np.zeros(3, np.uint8), vectors=np.ones((1, 8), np.float32))
+    with pytest.raises(IndexFileError, match="damaged"):
+        AudioVisualIndex.load(path, towers)
+    with pytest.raises(IndexFileError) as refused:
+        AudioVisualIndex.load(tmp_path / "missing.index", towers)
+    assert refused.value.code == "not_found"
+    with pytest.raises(IndexFileError) as refused:
+        AudioVisualIndex.load(tmp_path, towers)
+    assert refused.value.code == "not_readable"
+
+
+def test_impossible_searches(folder, towers, index):
+    for k in (0, -1, 8, True, 2.0):
+        with pytest.raises(DataError, match="7 entries of image"):
+            index.search(audio=folder / "1.wav", k=k)
+    with pytest.raises(DataError, match="by sound or by picture"):
+        index.search()
+    with pytest.raises(DataError, match="by sound or by picture"):
+        index.search(audio=folder / "1.wav", image=picture(0))
+    with pytest.raises(DataError, match="point somewhere"):
+        index.nearest(np.zeros(WIDTH, np.float32), 1)
+    with pytest.raises(DataError, match="at least one"):
+        AudioVisualIndex.build(towers, [])
+    with pytest.raises(DataError, match=r"notes\.txt: its suffix"):
+        AudioVisualIndex.build(towers, [folder / "1.wav", "notes.txt"])
+    with pytest.raises(DataError, match="points nowhere"):
+        AudioVisualIndex(towers, [Entry(path="a", kind="image")], np.zeros((1, WIDTH), np.float32))
+    with pytest.raises(AudioDecodeError, match="missing"):
+        AudioVisualIndex.build(towers, [folder / "missing.wav"])
+
+
+def test_a_joint_model_makes_no_index(folder, tmp_path):
+    with (
+        TFAudioClassifier(write_pair(tmp_path / "joint.onnx", "joint"), threads=1) as joint,
+        pytest.raises(ModelFileError, match="embedding of features and image"),
+    ):
+        AudioVisualIndex.build(joint, [folder / "1.wav"])
+
+
+def test_without_faiss_the_extra_is_named(folder, index, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    fresh = AudioVisualIndex(index.classifier, index.entries, index.vectors)
+    with pytest.raises(MissingDependencyError, match=r"crossfade\[search\]"):
+        fresh.search(audio=folder / "1.wav", k=1)
