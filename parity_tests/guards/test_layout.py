@@ -26,8 +26,8 @@ ARROWS = {
 """Folder -> folders of ours it may import, itself aside."""
 
 PRODUCTION = {
-    "models_zoo": {"numpy", "scipy", "soundfile", "soxr", "pydantic", "tqdm", "PIL", "av", "faiss", "pandas", "sed_scores_eval"},
-    "infer_tf": {"numpy", "soundfile", "tensorflow", "onnxruntime", "onnx", "pydantic", "tqdm", "matplotlib"},
+    "models_zoo": {"numpy", "scipy", "soundfile", "soxr", "pydantic", "tqdm", "PIL", "av", "pandas", "sed_scores_eval"},
+    "infer_tf": {"numpy", "soundfile", "tensorflow", "onnxruntime", "onnx", "pydantic", "tqdm", "matplotlib", "faiss"},
 }
 """Folder of the wheel -> libraries it may import; each comes with the wheel or one of its extras."""
 
