@@ -1,5 +1,5 @@
 """The training command: ``python -m train_torch fit | fit-sed | evaluate | teach | compare | soundscapes |
-mixtures | scenes | recipes``.
+mixtures | scenes | pairs | recipes``.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 fine, 2 bad data, options or environment (one line).
 """
@@ -136,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--card", metavar="NAME", help="card of a file that holds none")
     _add_checkpoints(evaluate)
     evaluate.add_argument("--split", help="train, validation or test (default: every clip)")
+    evaluate.add_argument(
+        "--frames",
+        choices=("middle", "all"),
+        default="middle",
+        help="of several pictures of a clip: look at the middle one, or average over all (default middle)",
+    )
     _add_split_options(evaluate, ("speaker", "fold"))
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _add_device(evaluate)
@@ -261,6 +267,27 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--quiet", action="store_true", help="no progress bar")
     scenes.add_argument("--force", action="store_true", help="replace an earlier folder's table and scenes")
     scenes.set_defaults(run=_scenes)
+
+    pairs = commands.add_parser(
+        "pairs",
+        help="make pairs of sound and picture for audio-visual training",
+        description="Give every labelled recording, or built-in sound, a rendered picture whose glyph stands for its "
+        "label; place, size, colours and background are chance. A pair is in the split of its recording.",
+    )
+    pairs.add_argument(
+        "--data", help="folder with recordings of one label each, or its table (default: built-in sounds)"
+    )
+    pairs.add_argument("--out", required=True, help="folder to write")
+    pairs.add_argument(
+        "--ambiguous", action="store_true", help="picture and sound each tell only one half of the label"
+    )
+    pairs.add_argument("--frames", type=int, default=1, help="pictures per clip, as of a video (default 1)")
+    pairs.add_argument("--size", type=int, default=224, help="short side of the pictures in pixels (default 224)")
+    pairs.add_argument("--format", choices=("jpeg", "png"), default="jpeg", help="of the pictures")
+    pairs.add_argument("--seed", type=int, default=0)
+    pairs.add_argument("--quiet", action="store_true", help="no progress bar")
+    pairs.add_argument("--force", action="store_true", help="replace an earlier folder's table, clips and pictures")
+    pairs.set_defaults(run=_pairs)
 
     recipes = commands.add_parser("recipes", help="list the recipes that come with the package, or print one")
     recipes.add_argument("name", metavar="NAME", nargs="?", help="print this one as JSON: a start for your own file")
@@ -438,6 +465,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         split=options.split,
         split_by=options.split_by,
         hold_out=tuple(options.hold_out),
+        frames=options.frames,
         device=options.device,
         progress=not options.quiet,
     )
@@ -562,6 +590,23 @@ def _scenes(options: argparse.Namespace) -> None:
             max_polyphony=options.polyphony,
         ),
         seed=options.seed,
+        force=options.force,
+        progress=not options.quiet,
+    )
+    sys.stdout.write(f"{table}\n")
+
+
+def _pairs(options: argparse.Namespace) -> None:
+    from models_zoo.pairs import write_pairs
+
+    table = write_pairs(
+        options.out,
+        data=options.data,
+        seed=options.seed,
+        ambiguous=options.ambiguous,
+        frames=options.frames,
+        size=options.size,
+        picture_format=options.format,
         force=options.force,
         progress=not options.quiet,
     )

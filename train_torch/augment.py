@@ -187,7 +187,7 @@ def mix_waveforms(mixing: Mixing, waveform: Tensor) -> Tensor:
 
     A clip that is not mixed (weight 1) stays as it is, its mean included.
 
-    Source: EfficientAT datasets' MixupDataset.
+    Source: EfficientAT datasets' MixupDataset; YuanGongND/cav-mae src/dataloader.py, which draws Beta(10, 10).
     """
     mixed = mixing(waveform - waveform.mean(dim=1, keepdim=True))
     return torch.where(mixing.weight.view(-1, 1) < 1, mixed, waveform)

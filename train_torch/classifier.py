@@ -27,25 +27,30 @@ from train_torch.frontend import (
     TorchFrontend,
     network_inputs,
 )
-from train_torch.losses import balancing_weights, clip_loss, supcon_loss
+from train_torch.losses import balancing_weights, clip_loss, smoothed_positives, supcon_loss
 from train_torch.network_hooks import NetworkHooks
 from train_torch.optim import check_temperature, configure, freeze, keep_frozen, set_norm_momentum
-from train_torch.recipes import Recipe
+from train_torch.recipes import Augmentation, Recipe
 
-__all__ = ["Classifier", "selected_by"]
+__all__ = ["Classifier", "selected_by", "training_frontend"]
 
 
 def selected_by(recipe: Recipe) -> str:
-    """Return the validation metric by which the best epoch is chosen."""
-    by_task = {"single_label": recipe.select, "label_distribution": "kl_divergence"}
+    """Return the validation metric that is followed: that by which the best epoch is chosen, pre-training aside."""
+    by_task = {
+        "single_label": recipe.select,
+        "label_distribution": "kl_divergence",
+        "embedding": "audio_to_image_recall_at_1",
+    }
     return by_task.get(recipe.task, "mean_average_precision")
 
 
 class Classifier(lightning.LightningModule):
-    """A model behind its front end, trained on batches of waveforms.
+    """A model behind its front end, trained on batches of waveforms, pictures, or both.
 
     Args:
-        model: takes features, waveform or both by name, returns a dict; channels last in memory, which is faster.
+        model: takes features, waveform, picture or several by name, returns a dict; channels last in memory, which is
+            faster.
         card: of the model.
         recipe: how to train it.
         files: of the validation clips, in order.
@@ -72,33 +77,18 @@ class Classifier(lightning.LightningModule):
         cache_gib: float = 0.0,
     ) -> None:
         super().__init__()
-        assert card.frontend is not None
         settings = recipe.augmentation
         self.card = card
         self.recipe = recipe
         self.files = files
         self.teacher = teacher
         self.model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        masks = None
-        if settings.masks is not None:
-            masks = SpecMasks(
-                *settings.masks, num_time=settings.time_masks, num_mel=settings.mel_masks, at=settings.masks_at
-            )
         self._hooks = NetworkHooks(
             self.model,
-            masks=masks if settings.masks_at == "norm" else None,
+            masks=_masks(settings) if settings.masks_at == "norm" else None,
             mixes=bool(settings.mixup_alpha) and settings.mixup_at == "norm",
         )
-        self.frontend = TorchFrontend(
-            card.frontend,
-            mel_jitter=None if settings.mel_jitter is None else MelJitter(*settings.mel_jitter),
-            masks=None if settings.masks_at == "norm" else masks,
-            shift=None if settings.shift is None else Shift(*settings.shift),
-            mixstyle=MixStyle(settings.mixstyle_probability, settings.mixstyle_alpha)
-            if settings.mixstyle_probability
-            else None,
-            mix_at="features" if settings.mixup_at == "norm" else settings.mixup_at,
-        )
+        self.frontend = training_frontend(card, settings)
         _check_fit(card, recipe)
         if recipe.bn_momentum is not None:
             set_norm_momentum(self.model, recipe.bn_momentum)
@@ -119,7 +109,11 @@ class Classifier(lightning.LightningModule):
         self._kept = FeatureCache(self.frontend, cache_gib)
 
     def outputs(
-        self, waveform: Tensor, mixing: Mixing | PairMixing | None = None, plain: Tensor | None = None
+        self,
+        waveform: Tensor,
+        mixing: Mixing | PairMixing | None = None,
+        plain: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return clip scores ``(batch, num_classes)`` and embedding, if any, of ``(batch, num_samples)`` waveforms.
 
@@ -127,9 +121,10 @@ class Classifier(lightning.LightningModule):
             waveform: see :meth:`TorchFrontend.forward`.
             mixing: a mixup draw, applied where the recipe says.
             plain: see :meth:`TorchFrontend.forward`.
+            image: see :func:`~train_torch.frontend.network_inputs`.
         """
         inside = self.recipe.augmentation.mixup_at == "norm"
-        inputs = network_inputs(self.card.inputs, self.frontend, waveform, None if inside else mixing, plain)
+        inputs = network_inputs(self.card.inputs, self.frontend, waveform, None if inside else mixing, plain, image)
         with self._hooks.mixing(mixing if inside else None):
             outputs = self.model(**inputs)
         clip, embedding = self.card.clip_output(), self.card.embedding_output()
@@ -145,12 +140,17 @@ class Classifier(lightning.LightningModule):
         rng = np.random.default_rng((self.recipe.seed, self.global_step, self.global_rank))
         torch.manual_seed(int(rng.integers(2**62)))
         settings, smoothing = self.recipe.augmentation, self.recipe.label_smoothing
-        waveform, targets, known = batch.waveform, batch.targets, batch.known
+        waveform, image, targets, known = batch.waveform, batch.image, batch.targets, batch.known
         size = len(waveform)
         answers = None if self.teacher is None else self.teacher.answers(batch)
+        mixed = torch.zeros(size, dtype=torch.bool, device=self.device)
         if settings.mix_probability:
-            mix = draw_mixing(size, rng, alpha=2.0, probability=settings.mix_probability, device=self.device)
+            mix = draw_mixing(
+                size, rng, alpha=settings.mix_alpha, probability=settings.mix_probability, device=self.device
+            )
             waveform = mix_waveforms(mix, waveform)
+            image = None if image is None else mix(image)
+            mixed |= mix.weight < 1
             targets, known = mix_labels(mix, targets, known)
             answers = None if answers is None else answers.mixed(mix)
         mixup: Mixing | PairMixing | None = None
@@ -169,7 +169,10 @@ class Classifier(lightning.LightningModule):
         if mixup is not None:
             targets, known = mix_labels(mixup, targets, known)
             answers = None if answers is None else answers.mixed(mixup)
-        scores, embedding = self.outputs(waveform, mixup, self._kept.features(batch))
+            mixed = torch.ones(len(targets), dtype=torch.bool, device=self.device)
+        if self.recipe.smoothing == "positives":
+            targets, smoothing = smoothed_positives(targets, mixed, smoothing), 0.0
+        scores, embedding = self.outputs(waveform, mixup, self._kept.features(batch), image)
         task, share = self.recipe.task, self.recipe.loss.supcon
         clip = self.card.clip_output()
         assert clip is not None
@@ -193,7 +196,8 @@ class Classifier(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the scores of a batch."""
-        self._scored.append((batch, self.outputs(batch.waveform, plain=self._kept.features(batch))[0]))
+        outputs = self.outputs(batch.waveform, plain=self._kept.features(batch), image=batch.image)
+        self._scored.append((batch, outputs[0]))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all validation clips; every process has scored all of them."""
@@ -255,6 +259,30 @@ class Classifier(lightning.LightningModule):
         return configure(self.model, self.recipe, total)
 
 
+def training_frontend(card: ModelCard, settings: Augmentation) -> TorchFrontend | None:
+    """Return the front end of a card with what training changes in it; None where the card has none."""
+    if card.frontend is None:
+        return None
+    return TorchFrontend(
+        card.frontend,
+        mel_jitter=None if settings.mel_jitter is None else MelJitter(*settings.mel_jitter),
+        masks=None if settings.masks_at == "norm" else _masks(settings),
+        shift=None if settings.shift is None else Shift(*settings.shift),
+        mixstyle=MixStyle(settings.mixstyle_probability, settings.mixstyle_alpha)
+        if settings.mixstyle_probability
+        else None,
+        noise=settings.features_noise,
+        roll=settings.features_roll,
+        mix_at="features" if settings.mixup_at == "norm" else settings.mixup_at,
+    )
+
+
+def _masks(settings: Augmentation) -> SpecMasks | None:
+    if settings.masks is None:
+        return None
+    return SpecMasks(*settings.masks, num_time=settings.time_masks, num_mel=settings.mel_masks, at=settings.masks_at)
+
+
 def _check_fit(card: ModelCard, recipe: Recipe) -> None:
     """Refuse a recipe that asks for what the model of ``card`` cannot give.
 
@@ -276,7 +304,14 @@ def _check_fit(card: ModelCard, recipe: Recipe) -> None:
             field="distillation",
         )
     if not any(part.source == "frontend" for part in card.inputs):
-        late = ("mel_jitter", "shift", "mixstyle_probability", *(() if settings.masks_at == "norm" else ("masks",)))
+        late = (
+            "mel_jitter",
+            "shift",
+            "mixstyle_probability",
+            "features_noise",
+            "features_roll",
+            *(() if settings.masks_at == "norm" else ("masks",)),
+        )
         for field in late:
             if getattr(settings, field):
                 raise SpecError(

@@ -1,4 +1,4 @@
-"""Labelled recordings as batches of waveforms.
+"""Labelled recordings as batches of waveforms, and of pictures where the network looks at them.
 
 Training clips are cropped, filled and changed at random to the length of their batch; evaluation clips keep their
 own length (a batch holds clips of equal length), filled only where the card's length policy says so. Every draw comes
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning
@@ -27,6 +28,7 @@ from models_zoo.cards import ModelCard
 from models_zoo.dataset import SPLITS, Dataset, Group
 from models_zoo.decoding import legal_segments
 from models_zoo.errors import CardError, ClipLengthError, DataError, SpecError
+from models_zoo.images import crop_image, normalise_image, read_image
 from models_zoo.mixtures import count_clipped
 from train_torch.augment import augment, fit_length
 from train_torch.recipes import Recipe
@@ -57,7 +59,8 @@ class Batch:
         targets: ``(batch, num_classes)`` float32 in [0, 1].
         index: ``(batch,)`` int64, the clips' places in their data set.
         known: ``(batch, num_classes)`` float32, 1 where a label is known and 0 where it is not, or None where all are.
-        unchanged: these clips come whole and like this in every epoch.
+        unchanged: these clips' waveforms come whole and like this in every epoch.
+        image: ``(batch, 3, size, size)`` float32, normalised, a picture of each clip, or None.
     """
 
     waveform: Tensor
@@ -65,11 +68,16 @@ class Batch:
     index: Tensor
     known: Tensor | None = None
     unchanged: bool = False
+    image: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""
-        known = None if self.known is None else self.known.to(device)
-        return replace(self, waveform=self.waveform.to(device), targets=self.targets.to(device), known=known)
+        moved = {
+            name: value.to(device)
+            for name in ("waveform", "targets", "known", "image")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -77,15 +85,15 @@ class _Request:
     """Which clips make a batch.
 
     For training ``epoch`` seeds their changes and ``num_samples`` is their length, and ``takes`` says how often each
-    has come before in this epoch, which seeds its changes too; for evaluation ``epoch`` is None, and ``segments`` says
-    which legal segment of each clip is wanted.
+    has come before in this epoch, which seeds its changes too; for evaluation ``epoch`` is None, and ``views`` says
+    which legal segment of each clip, and which of its pictures, are wanted.
     """
 
     indices: tuple[int, ...]
     num_samples: int
     epoch: int | None = None
     takes: tuple[int, ...] = ()
-    segments: tuple[int, ...] = ()
+    views: tuple[tuple[int, int], ...] = ()
 
 
 def split_dataset(
@@ -174,23 +182,37 @@ def count_table(dataset: Dataset) -> str:
 class ClipData(torch.utils.data.Dataset[Batch]):
     """The clips of one split, decoded once; maps a request to a batch.
 
+    A network that takes pictures alone gets waveforms of one sample, and no sound is read.
+
     Args:
         dataset: the records, one per file.
-        card: its front end says how ``load_audio`` reads, its length policy what is legal.
+        card: its front end says how ``load_audio`` reads, its length policy what is legal, its image front end how
+            pictures are read.
         recipe: how training clips are changed.
-        cache_gib: decoded waveforms kept in memory; clips beyond that are decoded whenever they are needed.
+        cache_gib: decoded waveforms and pictures kept in memory; those beyond that are decoded whenever they are
+            needed.
         progress: show a bar while decoding.
+        frames: of several pictures of a clip: in evaluation the ``middle`` one, or a view of ``all``; in training it is
+            one at random.
 
     Raises:
-        AudioDecodeError: a file cannot be read; every file is read here, before any training.
+        AudioDecodeError, ImageDecodeError: a file cannot be read; every file is read here, before any training.
         ClipLengthError: a clip is outside the length policy.
-        DataError: a clip whose labels have weights is clipped, or, for a card of distributions, one has no weights.
+        DataError: a clip whose labels have weights is clipped, or, for a card of distributions, one has no weights; or
+            a clip has no picture, and the network looks at them.
     """
 
     def __init__(
-        self, dataset: Dataset, card: ModelCard, recipe: Recipe, *, cache_gib: float = 4.0, progress: bool = False
+        self,
+        dataset: Dataset,
+        card: ModelCard,
+        recipe: Recipe,
+        *,
+        cache_gib: float = 4.0,
+        progress: bool = False,
+        frames: Literal["middle", "all"] = "middle",
     ) -> None:
-        if card.frontend is None:
+        if card.frontend is None and card.image is None:
             raise CardError(f"card {card.name!r} has no front end, so no way to read a clip", field="frontend")
         self.dataset = dataset
         self.card = card
@@ -203,10 +225,18 @@ class ClipData(torch.utils.data.Dataset[Batch]):
         self._cache: list[Waveform | None] = []
         self.lengths: list[int] = []
         self.segment_shapes: list[tuple[int, ...]] = []
+        self.frames = frames
+        self._pictures: dict[Path, NDArray[np.uint8]] = {}
+        _check_pictures(dataset, card)
         room = cache_gib * 2**30
         for index in tqdm(range(len(dataset)), desc="reading", unit="clip", disable=not progress, leave=False):
-            waveform = load_audio(dataset.records[index].file, self.spec)
+            waveform = self._read(index)
             room -= waveform.nbytes
+            for path in dataset.records[index].images if card.image is not None else ():
+                picture = crop_image(read_image(path), card.image)
+                room -= picture.nbytes
+                if room >= 0:
+                    self._pictures[path] = picture
             clipped = count_clipped(waveform) if dataset.records[index].weights is not None else 0
             if clipped:
                 raise DataError(
@@ -222,11 +252,13 @@ class ClipData(torch.utils.data.Dataset[Batch]):
 
     def __getitem__(self, request: _Request) -> Batch:
         if request.epoch is None:
-            pairs = zip(request.indices, request.segments, strict=True)
-            rows = [self._segments(index, self._waveform(index))[segment] for index, segment in pairs]
+            views = list(zip(request.indices, request.views, strict=True))
+            rows = [self._segments(index, self._waveform(index))[segment] for index, (segment, _) in views]
+            pictures = [self._shown(index)[frame] for index, (_, frame) in views]
         else:
-            takes = zip(request.indices, request.takes, strict=True)
-            rows = [self._changed(index, request.num_samples, (request.epoch, index, take)) for index, take in takes]
+            seeds = [(request.epoch, *one) for one in zip(request.indices, request.takes, strict=True)]
+            rows = [self._changed(seed[1], request.num_samples, seed) for seed in seeds]
+            pictures = [self._any_picture(seed) for seed in seeds]
         index = torch.tensor(request.indices)
         known = None if self.known is None else self.known[index]
         if request.epoch is None:
@@ -234,13 +266,46 @@ class ClipData(torch.utils.data.Dataset[Batch]):
         else:
             whole = all(self.lengths[clip] == request.num_samples for clip in request.indices)
             unchanged = whole and not self.recipe.augmentation.changes_waveforms
-        return Batch(torch.from_numpy(np.stack(rows)), self.targets[index], index, known, unchanged)
+        image = None if self.card.image is None else self._images([path for path in pictures if path is not None])
+        return Batch(torch.from_numpy(np.stack(rows)), self.targets[index], index, known, unchanged, image)
+
+    def views(self, index: int) -> list[tuple[int, int]]:
+        """Return (segment, picture) of all that is answered for a clip in evaluation."""
+        segments, frames = self.segment_shapes[index][0], len(self._shown(index))
+        return [(segment, frame) for segment in range(segments) for frame in range(frames)]
+
+    def _read(self, index: int) -> Waveform:
+        return np.zeros(1, np.float32) if self.spec is None else load_audio(self.dataset.records[index].file, self.spec)
 
     def _waveform(self, index: int) -> Waveform:
         cached = self._cache[index]
-        return load_audio(self.dataset.records[index].file, self.spec) if cached is None else cached
+        return self._read(index) if cached is None else cached
+
+    def _shown(self, index: int) -> tuple[Path | None, ...]:
+        """Return the pictures of a clip that evaluation looks at; None stands for the clip without one."""
+        record = self.dataset.records[index]
+        if self.card.image is None:
+            return (None,)
+        return record.images if self.frames == "all" else (record.image,)
+
+    def _any_picture(self, seed: tuple[int, int, int]) -> Path | None:
+        """Return a picture of the clip ``seed[1]``, drawn apart from its changes, so that these stay the same."""
+        if self.card.image is None:
+            return None
+        images = self.dataset.records[seed[1]].images
+        return images[int(np.random.default_rng((self.recipe.seed, *seed, 1)).integers(len(images)))]
+
+    def _images(self, paths: Sequence[Path]) -> Tensor:
+        spec = self.card.image
+        assert spec is not None
+        crops = [
+            self._pictures[path] if path in self._pictures else crop_image(read_image(path), spec) for path in paths
+        ]
+        return torch.from_numpy(normalise_image(np.stack(crops), spec))
 
     def _segments(self, index: int, waveform: Waveform) -> Waveform:
+        if self.spec is None:
+            return waveform[None]
         try:
             return legal_segments(waveform, self.card)
         except ClipLengthError as error:
@@ -248,6 +313,8 @@ class ClipData(torch.utils.data.Dataset[Batch]):
 
     def _changed(self, index: int, num_samples: int, seed: tuple[int, int, int]) -> Waveform:
         settings, epoch = self.recipe.augmentation, seed[0]
+        if self.spec is None:
+            return np.zeros(num_samples, np.float32)
         rng = np.random.default_rng((self.recipe.seed, *seed))
         waveform, repeat = self._waveform(index), self.card.length_policy.short == "repeat"
         if rng.random() >= settings.share * min(1.0, (epoch + 1) / (settings.ramp_epochs + 1)):
@@ -289,9 +356,11 @@ class TrainingBatches(Sampler[_Request]):
         self.epoch = epoch
 
     def __len__(self) -> int:
+        return max(1, self._drawn_per_epoch() // self.data.recipe.batch_size // _share()[1])
+
+    def _drawn_per_epoch(self) -> int:
         sampling = self.data.recipe.sampling
-        clips = len(self.data) if sampling is None else sampling.clips_per_epoch
-        return max(1, clips // self.data.recipe.batch_size // _share()[1])
+        return len(self.data) if sampling is None else sampling.clips_per_epoch or len(self.data)
 
     def _shuffled(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
         """Return the batches of an epoch in which no clip comes twice."""
@@ -300,7 +369,7 @@ class TrainingBatches(Sampler[_Request]):
             order = rng.permutation(len(self.data))
         else:
             share = self._weights / self._weights.sum()
-            drawn = rng.choice(len(share), recipe.sampling.clips_per_epoch, replace=False, p=share)
+            drawn = rng.choice(len(share), self._drawn_per_epoch(), replace=recipe.sampling.replacement, p=share)
             # The likely ones are drawn first; batches should not know.
             order = rng.permutation(drawn)
         pool = recipe.sort_batches * recipe.batch_size
@@ -335,7 +404,7 @@ class TrainingBatches(Sampler[_Request]):
         return batches
 
     def __iter__(self) -> Iterator[_Request]:
-        recipe, rate = self.data.recipe, self.data.spec.sample_rate
+        recipe, rate = self.data.recipe, 1 if self.data.spec is None else self.data.spec.sample_rate
         rng = np.random.default_rng((recipe.seed, self.epoch))
         batches = self._shuffled(rng) if self._by_class is None else self._drawn(self._by_class)
         # Room for the slowed clips of a batch, save the longest of them, which lose their ends.
@@ -372,11 +441,11 @@ class EvaluationBatches(Sampler[_Request]):
     """Requests for every clip once, unchanged, equal lengths together; each process sees all of them."""
 
     def __init__(self, data: ClipData, batch_size: int = 32) -> None:
-        same: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for index, (segments, num_samples) in enumerate(data.segment_shapes):
-            same[num_samples] += [(index, segment) for segment in range(segments)]
+        same: dict[int, list[tuple[int, tuple[int, int]]]] = defaultdict(list)
+        for index, (_, num_samples) in enumerate(data.segment_shapes):
+            same[num_samples] += [(index, view) for view in data.views(index)]
         self._requests = [
-            _Request(tuple(i for i, _ in group), num_samples, segments=tuple(segment for _, segment in group))
+            _Request(tuple(i for i, _ in group), num_samples, views=tuple(view for _, view in group))
             for num_samples, rows in sorted(same.items())
             for group in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
         ]
@@ -388,6 +457,20 @@ class EvaluationBatches(Sampler[_Request]):
         return iter(self._requests)
 
 
+def _check_pictures(dataset: Dataset, card: ModelCard) -> None:
+    """Refuse clips without a picture where the network looks at them.
+
+    Raises:
+        DataError: names the first.
+    """
+    bare = [dataset.name_of(record) for record in dataset.records if not record.images]
+    if card.image is not None and bare:
+        raise DataError(
+            f"{dataset.root}: {len(bare)} clips have no picture, e.g. {bare[0]!r}, and {card.name!r} looks at them; "
+            "give each one in the column 'image' of metadata.csv, or use a model of sound alone (audioonly)"
+        )
+
+
 def _check_crops(recipe: Recipe, card: ModelCard) -> None:
     """Refuse crops that are shorter than the network takes, unless the recipe says that clips are to be filled.
 
@@ -396,7 +479,7 @@ def _check_crops(recipe: Recipe, card: ModelCard) -> None:
     """
     field = "seconds" if recipe.crop_seconds_min is None else "crop_seconds_min"
     shortest = getattr(recipe, field)
-    if shortest is None or recipe.min_seconds is not None:
+    if shortest is None or recipe.min_seconds is not None or card.frontend is None:
         return
     num_samples = round(shortest * card.sample_rate)
     if num_samples < card.min_samples:

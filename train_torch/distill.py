@@ -150,7 +150,7 @@ class LiveTeacher:
 
     def answers(self, batch: Batch) -> Answers:
         """Return the answers to the waveforms of ``batch``, each network behind its own front end."""
-        positive = _probabilities(self.ensemble(batch.waveform)["logits"], self.task)
+        positive = _probabilities(self.ensemble(batch.waveform, batch.image)["logits"], self.task)
         return Answers(positive, positive.new_ones(len(positive), 1))
 
 
@@ -320,7 +320,8 @@ def teach(
     total = np.zeros((len(dataset), len(model.labels)), np.float64)
     segments = np.zeros(len(dataset))
     for batch in tqdm(evaluation_loader(clips), desc="teaching", unit="batch", disable=not progress, leave=False):
-        np.add.at(total, batch.index.numpy(), ensemble(batch.waveform.to(device))["logits"].cpu().numpy())
+        there = batch.to(device)
+        np.add.at(total, batch.index.numpy(), ensemble(there.waveform, there.image)["logits"].cpu().numpy())
         np.add.at(segments, batch.index.numpy(), 1)
     stored = StoredLogits(
         tuple(dataset.name_of(record) for record in dataset.records),

@@ -17,10 +17,12 @@ from models_zoo.cards import ModelCard
 from models_zoo.dataset import Group, read_dataset
 from models_zoo.decoding import probabilities_of
 from models_zoo.errors import CheckpointError, DataError, DeviceError
+from train_torch.checkpoint import load_checkpoint
 from train_torch.data import Batch, ClipData, evaluation_loader
 from train_torch.losses import Task, clip_loss
 from train_torch.models.ensemble import Ensemble, load_ensemble
 from train_torch.recipes import Recipe
+from train_torch.retrieval import Retrieval, embed_pairs
 from train_torch.sed_evaluation import Detection, evaluate_detector
 
 __all__ = ["Device", "Evaluation", "accelerator_of", "collect", "evaluate", "score_clips"]
@@ -200,7 +202,8 @@ def _score(ensemble: Ensemble, data: ClipData, device: torch.device | str) -> Ev
     files = tuple(data.dataset.name_of(record) for record in data.dataset.records)
     ensemble = ensemble.to(device)
     with torch.inference_mode():
-        scored = [(batch, ensemble(batch.waveform.to(device))["logits"]) for batch in evaluation_loader(data)]
+        moved = ((batch, batch.to(device)) for batch in evaluation_loader(data))
+        scored = [(batch, ensemble(there.waveform, there.image)["logits"]) for batch, there in moved]
     return collect(scored, ensemble.card, files)
 
 
@@ -226,12 +229,14 @@ def evaluate(
     split: str | None = None,
     split_by: Group | None = None,
     hold_out: tuple[str, ...] = (),
+    frames: Literal["middle", "all"] = "middle",
     device: Device = "auto",
     progress: bool = True,
-) -> Evaluation | Detection:
+) -> Evaluation | Detection | Retrieval:
     """Return the evaluation of a checkpoint on labelled recordings, each clip at its own length.
 
-    Of a model for event detection, how good its events are, see :func:`train_torch.sed_evaluation.evaluate_detector`.
+    Of a model for event detection, how good its events are, see :func:`train_torch.sed_evaluation.evaluate_detector`;
+    of a pre-trained CAV-MAE, how well sounds and pictures find each other, see :mod:`train_torch.retrieval`.
 
     Args:
         checkpoint: ``.safetensors``, a published file, or the name of a published model; of several, the mean of
@@ -241,6 +246,7 @@ def evaluate(
         checkpoints: folder with published checkpoints, see :func:`train_torch.download.checkpoint_folder`.
         split: one of the declared splits; None takes every clip.
         split_by, hold_out: score the clips of these speakers or folds, whatever their split.
+        frames: of several pictures of a clip, the ``middle`` one, or the mean of the answers to ``all``.
         device: where to score.
         progress: show bars.
 
@@ -249,6 +255,12 @@ def evaluate(
     """
     target = "cuda" if accelerator_of(device) == "gpu" else "cpu"
     paths = [checkpoint] if isinstance(checkpoint, (str, Path)) else list(checkpoint)
+    if len(paths) == 1:
+        loaded = load_checkpoint(paths[0], card, checkpoints=checkpoints)
+        if loaded.card.task == "embedding" and loaded.card.image is not None:
+            pairs = read_dataset(data).by_file().select(split)
+            clips = ClipData(pairs, loaded.card, Recipe(), progress=progress)
+            return embed_pairs(loaded.model, loaded.card, clips, device=target)
     ensemble = load_ensemble(paths, card, checkpoints=checkpoints)[0]
     model = ensemble.card
     if model.task == "event_detection" and model.labels is not None and len(paths) == 1 and not hold_out:
@@ -265,4 +277,4 @@ def evaluate(
     if model.task == "single_label" and dataset.is_multi_label:
         raise DataError(f"{data}: some clips have several labels; model {model.name!r} answers with one")
     recipe = Recipe(task=model.task)
-    return _score(ensemble, ClipData(dataset, model, recipe, progress=progress), target)
+    return _score(ensemble, ClipData(dataset, model, recipe, progress=progress, frames=frames), target)

@@ -18,11 +18,11 @@ class FeatureCache:
     fetching what is kept, so there nothing is.
 
     Args:
-        frontend: of the training.
+        frontend: of the training; None where no features are computed.
         gib: memory; clips beyond it are computed whenever they come.
     """
 
-    def __init__(self, frontend: TorchFrontend, gib: float) -> None:
+    def __init__(self, frontend: TorchFrontend | None, gib: float) -> None:
         self._frontend = frontend
         self._room = gib * 2**30
         self._clips: dict[tuple[bool, int], Tensor] = {}
@@ -40,19 +40,21 @@ class FeatureCache:
         Clip by clip: a matrix product rounds by its size, and a resumed run, whose first batch meets an empty cache,
         ends with the same weights.
         """
-        if self._room <= 0 or batch.waveform.device.type != "cpu" or not batch.unchanged:
+        if self._frontend is None or self._room <= 0 or batch.waveform.device.type != "cpu" or not batch.unchanged:
             return None
-        if self._frontend.training and not self._frontend.draws_late:
+        frontend = self._frontend
+        if frontend.training and not frontend.draws_late:
             return None
-        return torch.stack([self._of(int(clip), row) for clip, row in zip(batch.index, batch.waveform, strict=True)])
+        rows = zip(batch.index, batch.waveform, strict=True)
+        return torch.stack([self._of(int(clip), row, frontend) for clip, row in rows])
 
-    def _of(self, clip: int, waveform: Tensor) -> Tensor:
+    def _of(self, clip: int, waveform: Tensor, frontend: TorchFrontend) -> Tensor:
         """Return ``(windows, T, n_mels)`` of a clip, kept or new; training and validation count their clips apart."""
-        key = self._frontend.training, clip
+        key = frontend.training, clip
         kept = self._clips.get(key)
         if kept is not None:
             return kept
-        features = self._frontend.plain(waveform[None])[0]
+        features = frontend.plain(waveform[None])[0]
         nbytes = features.numel() * features.element_size()
         if nbytes * (len(self._clips) + 1) <= self._room:
             self._clips[key] = features

@@ -167,6 +167,9 @@ class TorchFrontend(nn.Module):
         shift: random shift of the finished features after masks, in training mode only.
         mixstyle: exchange of statistics between the clips of a batch, on the finished features before they are mixed,
             in training mode only.
+        noise: greatest level of uniform noise on the finished features, drawn per clip, in training mode only.
+        roll: move the finished features round in time by any number of frames, in training mode only. Noise and roll
+            come last, mixing aside. Source: YuanGongND/cav-mae src/dataloader.py (noise 0.1).
         mix_at: stage at which ``forward(..., mixing=...)`` mixes clips: ``samples`` (waveforms), ``mel`` (linear
             mel values before the log, as DCASE does) or ``features`` (as EfficientAT and MRMS do).
     """
@@ -179,6 +182,8 @@ class TorchFrontend(nn.Module):
         masks: SpecMasks | None = None,
         shift: Shift | None = None,
         mixstyle: MixStyle | None = None,
+        noise: float = 0.0,
+        roll: bool = False,
         mix_at: Literal["samples", "mel", "features"] = "features",
     ) -> None:
         super().__init__()
@@ -187,6 +192,8 @@ class TorchFrontend(nn.Module):
         self.masks = masks
         self.shift = shift
         self.mixstyle = mixstyle
+        self.noise = noise
+        self.roll = roll
         self.mix_at = mix_at
         tables = analysis_tables(spec)
         self._offsets = tables.offsets
@@ -345,6 +352,12 @@ class TorchFrontend(nn.Module):
             y = masked(y, self.masks)
         if self.training and self.shift is not None:
             y = _shifted(y, self.shift)
+        if self.training and self.noise:
+            level = torch.rand(y.shape[0], 1, 1, 1, device=y.device) * self.noise
+            y = y + torch.rand_like(y) * level
+        if self.training and self.roll:
+            moved = torch.randint(y.shape[2], (y.shape[0],)).tolist()
+            y = torch.stack([torch.roll(clip, frames, dims=1) for clip, frames in zip(y, moved, strict=True)])
         if mixing is not None and self.mix_at == "features":
             y = mixing(y, plain if mixing.plain else None)
         return self._arrange(y)
@@ -377,32 +390,38 @@ class TorchFrontend(nn.Module):
 
 def network_inputs(
     inputs: Sequence[ModelInput],
-    frontend: TorchFrontend,
+    frontend: TorchFrontend | None,
     waveform: Tensor,
     mixing: Mixing | PairMixing | None = None,
     plain: Tensor | None = None,
+    image: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Return what a network takes, by name, of ``(batch, num_samples)`` waveforms: features, waveform or both.
+    """Return what a network takes, by name: features, waveform, picture, or several of them.
 
     Args:
-        inputs: of the network's card; each comes from the front end or is the waveform itself.
+        inputs: of the network's card; each comes from the front end, or is the waveform or the picture itself.
         frontend: of the card; not computed where no input comes from it.
-        waveform, mixing, plain: see :meth:`TorchFrontend.forward`; a waveform that is an input is mixed by the same
-            draw as the features.
+        waveform, mixing, plain: see :meth:`TorchFrontend.forward`; a waveform or picture that is an input is mixed by
+            the same draw as the features.
+        image: ``(batch, 3, size, size)`` float32, as the card's image front end returns it; of a network that looks at
+            pictures.
 
     Raises:
         CardError: an input comes from elsewhere.
     """
     made = {}
     for part in inputs:
-        if part.source not in ("frontend", "waveform"):
-            raise CardError(
-                f"inputs: {part.name!r} comes from {part.source!r}; expected frontend or waveform", field="inputs"
-            )
-        if part.source == "frontend":
+        if part.source == "frontend" and frontend is not None:
             made[part.name] = frontend(waveform, mixing, plain)
-        else:
-            made[part.name] = waveform if mixing is None else mixing(waveform)
+            continue
+        given = {"waveform": waveform, "image": image}.get(part.source)
+        if given is None:
+            raise CardError(
+                f"inputs: {part.name!r} comes from {part.source!r}, and none was given; expected frontend, waveform or "
+                "image",
+                field="inputs",
+            )
+        made[part.name] = given if mixing is None else mixing(given)
     return made
 
 

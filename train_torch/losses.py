@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from models_zoo.errors import DataError
 
-__all__ = ["balancing_weights", "clip_loss", "supcon_loss"]
+__all__ = ["balancing_weights", "clip_loss", "smoothed_positives", "supcon_loss"]
 
 Task = Literal["single_label", "multi_label", "label_distribution"]
 
@@ -65,6 +65,24 @@ def clip_loss(
     targets = targets * (1 - label_smoothing) + label_smoothing / 2
     each = functional.binary_cross_entropy_with_logits(scores, targets, reduction="none")
     return _mean_over_known(each, class_weights, known)
+
+
+def smoothed_positives(targets: Tensor, mixed: Tensor, smoothing: float) -> Tensor:
+    """Return ``(batch, num_classes)`` targets as CAV-MAE smooths them.
+
+    Every class begins at smoothing / num_classes. The classes of a clip by itself are set to 1 - smoothing; those of a
+    mix get (1 - smoothing) times their weight in it on top.
+
+    Args:
+        targets: in [0, 1], mixed or not.
+        mixed: ``(batch,)`` bool.
+        smoothing: share that is taken from the positives.
+
+    Source: YuanGongND/cav-mae src/dataloader.py.
+    """
+    floor = smoothing / targets.shape[1]
+    added = floor + (1 - smoothing) * targets
+    return torch.where(mixed[:, None] | (targets == 0), added, (1 - smoothing) * targets)
 
 
 def _mean_over_known(each: Tensor, class_weights: Tensor | None, known: Tensor | None) -> Tensor:

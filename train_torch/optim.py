@@ -28,10 +28,10 @@ __all__ = [
 
 _OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optimizer]] = {
     "adamw": lambda groups, recipe: torch.optim.AdamW(
-        groups, lr=recipe.lr, weight_decay=recipe.weight_decay, amsgrad=recipe.amsgrad
+        groups, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=recipe.betas, amsgrad=recipe.amsgrad
     ),
     "adam": lambda groups, recipe: torch.optim.Adam(
-        groups, lr=recipe.lr, weight_decay=recipe.weight_decay, amsgrad=recipe.amsgrad
+        groups, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=recipe.betas, amsgrad=recipe.amsgrad
     ),
     "sgd": lambda groups, recipe: torch.optim.SGD(
         groups, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
@@ -48,25 +48,38 @@ def configure(model: nn.Module, recipe: Recipe, total_steps: int) -> dict[str, A
         total_steps: of the run, all epochs together.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": [parameter for _, parameter in trained]}]
+    head = cast(Model, model).head_prefix
+    groups: list[dict[str, Any]] = []
     if recipe.layer_decay is not None:
-        groups = []
         layers = layers_of(model)
         # The head comes first, so that the first group's rate is the recipe's.
         for distance, layer in enumerate(reversed(layers)):
-            members = [parameter for name, parameter in trained if _is_below(name, [layer])]
-            if members:
-                groups.append({"params": members, "lr": recipe.lr * recipe.layer_decay**distance})
+            members = [(name, parameter) for name, parameter in trained if _is_below(name, [layer])]
+            groups += _by_head(members, recipe.lr * recipe.layer_decay**distance, head, recipe.head_lr)
+    else:
+        groups = _by_head(trained, recipe.lr, head, recipe.head_lr)
     optimizer = _OPTIMIZERS[recipe.optimizer](groups, recipe)
     # One function of the step: a schedule that Lightning steps by epochs is behind by one after a resumed run.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor_at(step, recipe, total_steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def _by_head(members: Iterable[tuple[str, nn.Parameter]], lr: float, head: str, factor: float) -> list[dict[str, Any]]:
+    """Return groups of parameters: those behind the embedding at ``factor`` times the rate, if that is another."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in members:
+        groups.setdefault(lr * factor if name.startswith(head) else lr, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in sorted(groups.items())]
+
+
 def factor_at(step: int, recipe: Recipe, total_steps: int) -> float:
     """Return the factor on the learning rate in a step, counted from 0."""
     if recipe.schedule == "published":
         return published_factor(step * recipe.epochs // total_steps, recipe)
+    if recipe.schedule == "steps":
+        done = step * recipe.epochs // total_steps
+        taken = 0 if done < recipe.steps_start else (done - recipe.steps_start) // recipe.steps_every + 1
+        return float(recipe.steps_factor**taken)
     warmup = recipe.warmup_epochs * total_steps / recipe.epochs
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -31,11 +31,11 @@ def sampling_weights(dataset: Dataset, sampling: SamplingRecipe) -> NDArray[np.f
     counts = targets.sum(axis=0)
     each = np.divide(1000.0, sampling.offset + counts, out=np.zeros_like(counts), where=counts > 0)
     weights: NDArray[np.float64] = targets @ each
-    if sampling.clips_per_epoch > np.count_nonzero(weights):
+    if not sampling.replacement and (sampling.clips_per_epoch or 0) > np.count_nonzero(weights):
         raise DataError(
             f"sampling.clips_per_epoch: got {sampling.clips_per_epoch}; {dataset.root} has "
             f"{np.count_nonzero(weights)} training clips with a label, and they are drawn without replacement; give "
-            "at most as many (about half of them lets the weights do something)"
+            "at most as many (about half of them lets the weights do something), or set sampling.replacement"
         )
     return weights
 

@@ -1,8 +1,9 @@
 """Training on Lightning: from a data folder and a recipe to a run folder with finished checkpoints.
 
 A run folder holds, in the order they appear: ``recipe.json``, ``split.csv``, ``metrics.csv`` (a row per epoch),
-``state.ckpt`` (everything a resumed run needs), ``model.safetensors`` (best epoch so far), and at the end
-``last.safetensors``, ``report.json``, ``learning_curves.png`` and ``confusion_*.png``.
+``state.ckpt`` (everything a resumed run needs), ``model.safetensors`` (best epoch so far; where weights are averaged
+over epochs, that is ``best.safetensors``, and the model comes at the end), and at the end ``last.safetensors``,
+``report.json``, ``learning_curves.png`` and ``confusion_*.png``.
 
 Chance is stateless: what happens in a step follows from (seed, step), what happens to a clip from (seed, epoch, clip).
 A run that was killed and resumed therefore ends with the same weights as one that was not.
@@ -30,17 +31,22 @@ from models_zoo.cards import LengthPolicy, ModelCard
 from models_zoo.dataset import Dataset, Group, read_dataset
 from models_zoo.errors import CheckpointError, DataError, DeviceError, MissingDependencyError
 from models_zoo.files import replacing
+from models_zoo.images import ImageSpec
 from models_zoo.presets import get_frontend
+from models_zoo.specs import FrontendSpec
+from train_torch.audiovisual import Pretraining
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
 from train_torch.classifier import Classifier, selected_by
 from train_torch.data import ClipData, ClipDataModule, count_table, split_dataset
 from train_torch.distill import LiveTeacher, StoredTeacher, Teacher, named, read_logits
-from train_torch.evaluation import Device, accelerator_of, score_clips
-from train_torch.models import create_model, new_card
+from train_torch.evaluation import Device, Evaluation, accelerator_of, score_clips
+from train_torch.models import Model, create_model, new_card
+from train_torch.models.cavmae_blocks import Towers
 from train_torch.models.ensemble import load_ensemble
 from train_torch.optim import check_temperature, freeze
 from train_torch.plots import plot_confusion, plot_learning_curves
 from train_torch.recipes import Recipe
+from train_torch.retrieval import Retrieval, embed_pairs
 from train_torch.run_folder import (
     REPORT,
     STATE,
@@ -53,15 +59,16 @@ from train_torch.run_folder import (
     prepare_run_folder,
     split_hash_of,
 )
-from train_torch.transfer import is_transfer, transferred
+from train_torch.transfer import fine_tuned_towers, is_towers, is_transfer, transferred
+from train_torch.weight_mean import EpochMean
 
 __all__ = ["fit"]
 
 _log = logging.getLogger(__name__)
 
 OWN_FILES = (
-    "recipe.json", "split.csv", "metrics.csv", STATE, "model.safetensors", "last.safetensors", REPORT,
-    "learning_curves.png", "confusion_validation.png", "confusion_test.png",
+    "recipe.json", "split.csv", "metrics.csv", STATE, "model.safetensors", "best.safetensors", "last.safetensors",
+    REPORT, "learning_curves.png", "confusion_validation.png", "confusion_test.png",
 )  # fmt: skip
 """What a finished run leaves in its folder."""
 
@@ -196,24 +203,23 @@ def fit(
     )
     module = ClipDataModule(dataset, card, recipe, cache_gib=cache_gib, workers=workers, progress=progress and chief)
     validation = module.parts["validation"].dataset
-    classifier = Classifier(
-        model,
-        card,
-        recipe,
-        tuple(validation.name_of(record) for record in validation.records),
-        class_counts=dataset.select("train").class_counts(),
-        teacher=teacher,
-        cache_gib=cache_gib,
-    )
+    files = tuple(validation.name_of(record) for record in validation.records)
+    learner: Classifier | Pretraining
+    if recipe.pretraining is not None:
+        learner = Pretraining(model, card, recipe, files, cache_gib=cache_gib)
+    else:
+        counts = dataset.select("train").class_counts()
+        learner = Classifier(model, card, recipe, files, class_counts=counts, teacher=teacher, cache_gib=cache_gib)
     if chief:
         prepare_run_folder(folder, recipe, dataset, OWN_FILES, resume=resume)
-    run = RunFolder(folder, card, {"model": classifier.model})
+    mean = None if recipe.average_epochs is None else EpochMean(learner.model, recipe.average_epochs)
+    run = RunFolder(folder, card, {"model" if mean is None else "best": learner.model})
     callbacks: list[Callback] = [Progress()] if progress and chief else []
     if recipe.patience:
         callbacks.append(
             EarlyStopping("val_score", mode="max", patience=recipe.patience, check_on_train_epoch_end=True)
         )
-    callbacks.append(run)
+    callbacks += [run] if mean is None else [mean, run]  # the state of the run holds the mean of its epoch
     with expected_warnings():
         trainer = lightning.Trainer(
             accelerator=accelerator,
@@ -233,13 +239,16 @@ def fit(
             default_root_dir=folder,
         )
         state = folder / STATE
-        trainer.fit(classifier, module, ckpt_path=state if resume and state.exists() else None, weights_only=True)
+        trainer.fit(learner, module, ckpt_path=state if resume and state.exists() else None, weights_only=True)
     if not trainer.is_global_zero:
         return {}
-    save_checkpoint(folder / "last.safetensors", classifier.model, run.card_of(classifier.model), force=True)
-    return _finish(
-        folder, run, dataset, recipe, test=test, device=classifier.device, cache_gib=cache_gib, began=started
-    )
+    last = run.card_of(learner.model)
+    save_checkpoint(folder / "last.safetensors", learner.model, last, force=True)
+    if mean is not None:
+        mean.put_into(learner.model)
+        averaged = {**last.provenance, "averaged_epochs": list(mean.epochs)}
+        save_checkpoint(folder / "model.safetensors", learner.model, last.replace(provenance=averaged), force=True)
+    return _finish(folder, run, dataset, recipe, test=test, device=learner.device, cache_gib=cache_gib, began=started)
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -280,33 +289,54 @@ def _start(
     """Return the model to train and its card: freshly initialised, or from a checkpoint."""
     if init is None:
         spec = get_frontend(recipe.frontend)
+        if recipe.n_mels is not None:
+            spec = spec.replace(mel=spec.mel.replace(n_mels=recipe.n_mels))
         policy = LengthPolicy(
             min=None if recipe.min_seconds is None else round(recipe.min_seconds * spec.sample_rate),
             short=recipe.short,
         )
-        fixed = {"num_classes": len(dataset.labels), "n_mels": spec.mel.n_mels}
+        fixed: dict[str, Any] = {"n_mels": spec.mel.n_mels}
+        if recipe.task != "embedding":
+            fixed["num_classes"] = len(dataset.labels)
         model = create_model(recipe.model, **{**recipe.model_options, **fixed})
+        sources = {part.source for part in cast(Model, model).inputs}
+        looks_alone = sources == {"image"}
         card = new_card(
             name,
             recipe.model,
             model=model,
-            frontend=spec,
+            frontend=None if looks_alone else _as_long_as(spec, cast(Model, model)),
+            image=ImageSpec(size=model.declared.image_size)
+            if isinstance(model, Towers) and "image" in sources
+            else None,
             task=recipe.task,
-            labels=dataset.labels,
-            length_policy=policy,
+            labels=None if recipe.task == "embedding" else dataset.labels,
+            **({} if looks_alone else {"length_policy": policy}),
         )
         return model, card
-    if is_transfer(recipe.model):
+    if recipe.task == "embedding":
+        loaded = load_checkpoint(init, init_card, checkpoints=checkpoints)
+    elif is_towers(recipe.model):
+        loaded = fine_tuned_towers(
+            recipe.model,
+            init,
+            dataset.labels,
+            recipe.task,
+            init_card,
+            options=recipe.model_options,
+            checkpoints=checkpoints,
+        )
+    elif is_transfer(recipe.model):
         loaded = transferred(recipe.model, init, dataset.labels, init_card, checkpoints=checkpoints)
     else:
         loaded = load_checkpoint(init, init_card, labels=dataset.labels, checkpoints=checkpoints)
-    if loaded.card.frontend is None:
+    if loaded.card.frontend is None and loaded.card.image is None:
         raise CheckpointError(f"{init}: card {loaded.card.name!r} has no front end, so it cannot train on waveforms")
     replaced = ", ".join(loaded.replaced) or "nothing"
     _log.info("starting from %s (%s); replaced: %s", loaded.card.name, Path(init).name, replaced)
     origin = {"name": loaded.card.name, "sha256": loaded.sha256, "replaced": list(loaded.replaced)}
     policy = loaded.card.length_policy
-    if recipe.min_seconds is not None:
+    if recipe.min_seconds is not None and loaded.card.frontend is not None:
         policy = policy.replace(min=round(recipe.min_seconds * loaded.card.sample_rate), short=recipe.short)
     card = loaded.card.replace(
         name=name,
@@ -318,6 +348,14 @@ def _start(
         provenance={"initialised_from": origin},
     )
     return loaded.model, card
+
+
+def _as_long_as(spec: FrontendSpec, model: Model) -> FrontendSpec:
+    """Return ``spec`` with as many frames as a CAV-MAE has places for, or with those of the clip where any will do."""
+    if not isinstance(model, Towers) or spec.frames is None:
+        return spec
+    declared = model.declared
+    return spec.replace(frames=None if declared.dynamic_time else spec.frames.replace(count=declared.audio_length))
 
 
 def _teacher(
@@ -362,16 +400,18 @@ def _finish(
     measured: dict[str, float] = {}
     report: dict[str, Any] = {"model": best.card.name, "best_epoch": run.best_epoch, "epochs": len(run.history)}
     for split in splits:
-        evaluation = score_clips(
-            best.model,
-            best.card,
-            ClipData(dataset.select(split), best.card, recipe, cache_gib=cache_gib),
-            device=device,
-        )
+        frames: Literal["middle", "all"] = "middle" if recipe.pretraining is not None else recipe.frames
+        data = ClipData(dataset.select(split), best.card, recipe, cache_gib=cache_gib, frames=frames)
+        evaluation: Evaluation | Retrieval
+        if recipe.pretraining is not None:
+            evaluation = embed_pairs(best.model, best.card, data, device=device)
+        else:
+            evaluation = score_clips(best.model, best.card, data, device=device)
+            if evaluation.task == "single_label":
+                counts = evaluation.confusion()
+                plot_confusion(counts, evaluation.labels, folder / f"confusion_{split}.png", title=split)
         report[split] = evaluation.to_dict()
         measured |= {f"{split}_{metric}": value for metric, value in evaluation.metrics().items()}
-        if evaluation.task == "single_label":
-            plot_confusion(evaluation.confusion(), evaluation.labels, folder / f"confusion_{split}.png", title=split)
     plot_learning_curves(run.history, folder / "learning_curves.png", headline=f"val_{selected_by(recipe)}")
     report["seconds"] = {
         "training": sum(row["seconds"] for row in run.history),

@@ -1,22 +1,26 @@
-"""Transfer models: a trained network as the base, a new layer on its embedding.
+"""Networks that begin with another kind of network: a transfer model on its base, a classifier on pre-trained towers.
 
-Source: qiuqiangkong/panns_transfer_to_gtzan.
+Source: qiuqiangkong/panns_transfer_to_gtzan; YuanGongND/cav-mae src/traintest_ft.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from models_zoo.errors import CheckpointError
 from train_torch.checkpoint import Checkpoint, load_checkpoint
 from train_torch.models import create_model, new_card
+from train_torch.models.cavmae import CAVMAEFT
+from train_torch.models.cavmae_blocks import TowerOptions, Towers
 from train_torch.models.panns_cnn import Cnn14, TransferCnn14, TransferOptions
 
-__all__ = ["is_transfer", "transferred"]
+__all__ = ["fine_tuned_towers", "is_towers", "is_transfer", "transferred"]
 
 _TRANSFER = "transfer_cnn14"
+
+_TOWERS = ("cavmaeft", "cavmaeft_audio")
 
 
 def is_transfer(architecture: str) -> bool:
@@ -71,4 +75,72 @@ def transferred(
         length_policy=loaded.card.length_policy,
     )
     replaced = tuple(key for key in model.state_dict() if key.startswith(model.head_prefix))
+    return Checkpoint(model.eval(), described, replaced, loaded.sha256)
+
+
+def is_towers(architecture: str) -> bool:
+    """Return whether an architecture classifies behind the towers of a pre-trained CAV-MAE."""
+    return architecture in _TOWERS
+
+
+def fine_tuned_towers(
+    architecture: str,
+    path: str | Path,
+    labels: Sequence[str],
+    task: str,
+    card: str | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    checkpoints: str | Path | None = None,
+) -> Checkpoint:
+    """Return a CAV-MAE classifier with the towers of a checkpoint, pre-trained or fine-tuned.
+
+    It has a head for ``labels``. Of a pre-trained network the head is fresh, and its decoder stays behind. Of a
+    fine-tuned one the head stays where the number of classes is the same and the mode too.
+
+    Args:
+        architecture: see :func:`is_towers`.
+        path, card, checkpoints: see :func:`load_checkpoint`.
+        labels: class names in order.
+        task: of the new card.
+        options: ``mode`` and others that are no matter of the towers.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded, is no CAV-MAE, or lacks the towers the mode needs.
+    """
+    loaded = load_checkpoint(path, card, checkpoints=checkpoints)
+    if not isinstance(loaded.model, Towers):
+        raise CheckpointError(
+            f"{path}: {loaded.card.name!r} is a {loaded.card.architecture!r}; a {architecture!r} begins with a "
+            "pre-trained 'cavmae', or a fine-tuned 'cavmaeft'"
+        )
+    towers = {name: getattr(loaded.model.declared, name) for name in TowerOptions.model_fields}
+    model = create_model(architecture, **{**dict(options or {}), **towers, "num_classes": len(labels)})
+    assert isinstance(model, CAVMAEFT)
+    fresh, given = model.state_dict(), loaded.model.state_dict()
+    same = isinstance(loaded.model, CAVMAEFT) and loaded.model.declared.mode == model.declared.mode
+    kept = {
+        key: value
+        for key, value in given.items()
+        if key in fresh and value.shape == fresh[key].shape and (same or not key.startswith(model.head_prefix))
+    }
+    replaced = tuple(key for key in fresh if key not in kept)
+    strangers = [key for key in replaced if not key.startswith(model.head_prefix)]
+    if strangers:
+        raise CheckpointError(
+            f"{path}: {loaded.card.name!r} has no {strangers[0]} and {len(strangers) - 1} more that mode "
+            f"{model.declared.mode!r} needs; begin with a network of both modalities, or choose mode 'audioonly'"
+        )
+    model.load_state_dict({**fresh, **kept}, strict=True)
+    needed = {part.source for part in model.inputs}
+    described = new_card(
+        loaded.card.name,
+        architecture,
+        model=model,
+        frontend=loaded.card.frontend if "frontend" in needed else None,
+        image=loaded.card.image if "image" in needed else None,
+        task=task,
+        labels=tuple(labels),
+        **({"length_policy": loaded.card.length_policy} if "frontend" in needed else {}),
+    )
     return Checkpoint(model.eval(), described, replaced, loaded.sha256)

@@ -25,7 +25,7 @@ def step(monkeypatch):
         clips[i, 2 * i], clips[i, 2 * i + 1] = 1.0, -1.0
     seen = {}
 
-    def outputs(self, waveform, mixing=None, plain=None):
+    def outputs(self, waveform, mixing=None, plain=None, image=None):
         seen.update(waveform=waveform, mixing=mixing)
         return torch.zeros(len(waveform), COUNT, requires_grad=True), torch.zeros(len(waveform), 8)
 

@@ -76,9 +76,10 @@ class Ensemble(nn.Module):
         """Fewest samples that every member takes as they are."""
         return max(card.min_samples for card in self.cards)
 
-    def forward(self, waveform: Tensor) -> dict[str, Tensor]:
+    def forward(self, waveform: Tensor, image: Tensor | None = None) -> dict[str, Tensor]:
         """Return ``logits`` ``(batch, num_classes)`` of ``(batch, num_samples)`` waveforms, without gradients.
 
+        Members that look at pictures take ``image``, see :func:`~train_torch.frontend.network_inputs`.
         What a single member answers is returned under this name as it is, whatever its card calls it.
         """
         answers = []
@@ -86,7 +87,8 @@ class Ensemble(nn.Module):
             for card, frontend, model in zip(self.cards, self.frontends, self.models, strict=True):
                 output = card.clip_output()
                 assert output is not None
-                answers.append(model(**network_inputs(card.inputs, frontend, waveform))[output.name].float())
+                fed = network_inputs(card.inputs, frontend, waveform, image=image)
+                answers.append(model(**fed)[output.name].float())
         return {"logits": torch.stack(answers).mean(dim=0)}
 
 
@@ -108,7 +110,9 @@ def load_ensemble(
     return ensemble, [{"name": one.card.name, "sha256": one.sha256} for one in loaded]
 
 
-def _frontend(card: ModelCard) -> TorchFrontend:
+def _frontend(card: ModelCard) -> TorchFrontend | None:
+    if card.frontend is None and {part.source for part in card.inputs} == {"image"}:
+        return None  # it is given pictures alone
     if card.frontend is None:
         raise CardError(f"{card.name!r} has no front end, so it cannot take waveforms", field="frontend")
     if card.clip_output() is None:

@@ -20,6 +20,7 @@ __all__ = [
     "Augmentation",
     "DistillationRecipe",
     "LossRecipe",
+    "PretrainingRecipe",
     "Recipe",
     "SamplingRecipe",
     "TemperatureSchedule",
@@ -45,8 +46,9 @@ class Augmentation(Declaration):
         noise_probability: share of clips that get coloured noise.
         noise_snr_db: (lowest, highest) ratio of clip to noise.
         clip: changed clips are clipped to [-1, 1], as a recorder would; the published recipes let gain exceed it.
-        mix_probability: share of clips added to another clip of the batch, both of mean zero, waveforms and labels
-            mixed with Beta(2, 2).
+        mix_probability: share of clips added to another clip of the batch, both of mean zero, waveforms, pictures and
+            labels mixed with Beta(mix_alpha, mix_alpha).
+        mix_alpha: of that mix: 2 as published for EfficientAT, 10 for CAV-MAE.
         mixup_alpha: Beta parameter of the mixup drawn per clip; 0 for none.
         mixup_pairs: clips 2 i and 2 i + 1 of a batch become one, with weights drawn from Beta(alpha, alpha) and 1 less
             that; half of the clips are left, so a batch holds twice as many as the network is to see.
@@ -66,6 +68,9 @@ class Augmentation(Declaration):
             any mixing there, as PANNs do. Masked values are 0.
         shift: greatest shift of the features along (mel, time) either way, in bands and frames, zeros coming in; as
             padding all sides and cropping at random.
+        features_noise: uniform noise on the finished features, from 0 to a level drawn per clip up to this one.
+        features_roll: move the finished features round in time by any number of frames, filler included, as CAV-MAE
+            does.
     """
 
     share: float = Field(default=1.0, ge=0, le=1)
@@ -79,6 +84,7 @@ class Augmentation(Declaration):
     noise_snr_db: Range = (10.0, 40.0)
     clip: bool = True
     mix_probability: float = Field(default=0.0, ge=0, le=1)
+    mix_alpha: float = Field(default=2.0, gt=0)
     mixup_alpha: float = Field(default=0.0, ge=0)
     mixup_pairs: bool = False
     mixup_at: Literal["samples", "mel", "features", "norm"] = "features"
@@ -92,6 +98,8 @@ class Augmentation(Declaration):
     mel_masks: int = Field(default=1, ge=1)
     masks_at: Literal["log", "features", "norm"] = "log"
     shift: Annotated[tuple[int, int], Strict(False)] | None = None
+    features_noise: float = Field(default=0.0, ge=0)
+    features_roll: bool = False
 
     @property
     def changes_waveforms(self) -> bool:
@@ -136,20 +144,39 @@ class SamplingRecipe(Declaration):
     """Which clips an epoch is made of.
 
     Attributes:
-        kind: ``weighted``: drawn anew for each epoch without replacement, a clip's weight being the sum over its
+        kind: ``weighted``: drawn anew for each epoch, a clip's weight being the sum over its
             labels of 1000 / (offset + training clips of that label). ``balanced``: one clip of each class in random
             order, then another of each, and so on through the run, the clips of a class in turn. ``alternating``:
             batches drawn like this (the first, third, ...) and ones in which every clip comes in turn (the others).
-        clips_per_epoch: how many are drawn; of weighted ones, the more of all clips, the less the weights can do.
+        clips_per_epoch: how many are drawn; of weighted ones without replacement, the more of all clips, the less the
+            weights can do. None for as many as there are, which needs replacement.
         offset: keeps the rarest classes from being drawn over and over by weight.
+        replacement: weighted clips may come again within an epoch.
 
     Source: EfficientAT datasets/audioset.py, get_ft_cls_balanced_sample_weights (100,000 clips, offset 100); PANNs
-    utils/data_generator.py, BalancedTrainSampler and AlternateTrainSampler.
+    utils/data_generator.py, BalancedTrainSampler and AlternateTrainSampler; with replacement, offset 0.01 and as many
+    draws as clips: YuanGongND/cav-mae src/gen_weight.
     """
 
     kind: Literal["weighted", "balanced", "alternating"] = "weighted"
-    clips_per_epoch: int = Field(ge=1)
+    clips_per_epoch: int | None = Field(default=None, ge=1)
     offset: float = Field(default=100.0, ge=0)
+    replacement: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.replacement and self.kind != "weighted":
+            raise SpecError(
+                f"replacement: got it with {self.kind} draws, in which clips come again anyway; it belongs to weighted "
+                "ones",
+                field="replacement",
+            )
+        if self.clips_per_epoch is None and not self.replacement:
+            raise SpecError(
+                "clips_per_epoch: missing; say how many clips an epoch draws, or draw with replacement",
+                field="clips_per_epoch",
+            )
+        return self
 
 
 class TemperatureSchedule(Declaration):
@@ -203,6 +230,31 @@ class DistillationRecipe(Declaration):
     missing: Literal["error", "labels"] = "error"
 
 
+class PretrainingRecipe(Declaration):
+    """How a CAV-MAE is pre-trained on pairs of sound and picture; labels are not learnt from.
+
+    Attributes:
+        mask_audio, mask_image: share of the tokens that are hidden.
+        mask_kind: of sound: see :func:`train_torch.models.cavmae_pretrain.draw_masking`.
+        mae_weight: of the reconstruction of both.
+        contrast_weight: of the contrast between them; the published 0.01 is for batches and data sets far larger than
+            a few thousand pairs, which need more.
+        bidirectional: sounds pick their picture too, not only pictures their sound.
+        select: the best epoch has the lowest validation ``loss``, or the highest ``recall_at_1``, the mean of both
+            directions of retrieval.
+
+    Source: YuanGongND/cav-mae egs/audioset/run_cavmae_pretrain_scale++.sh.
+    """
+
+    mask_audio: float = Field(default=0.75, ge=0, lt=1)
+    mask_image: float = Field(default=0.75, ge=0, lt=1)
+    mask_kind: Literal["unstructured", "time", "freq", "tf"] = "unstructured"
+    mae_weight: float = Field(default=1.0, ge=0)
+    contrast_weight: float = Field(default=0.01, ge=0)
+    bidirectional: bool = False
+    select: Literal["loss", "recall_at_1"] = "loss"
+
+
 class Recipe(Declaration):
     """What a training run does.
 
@@ -211,23 +263,32 @@ class Recipe(Declaration):
         model: architecture for ``create_model``. A run that begins with a checkpoint keeps that one's, unless this is a
             transfer model, which takes the checkpoint as its base.
         model_options: of it, beyond the number of classes and mel bands, e.g. ``{"width": 12}``.
-        frontend: preset name.
-        task: ``single_label`` (softmax, cross-entropy), ``multi_label`` (sigmoid, binary cross-entropy) or
-            ``label_distribution`` (softmax, Kullback-Leibler divergence).
+        frontend: preset name; a network with a fixed number of frames (``audio_length``) gets as many.
+        n_mels: in place of the preset's.
+        task: ``single_label`` (softmax, cross-entropy), ``multi_label`` (sigmoid, binary cross-entropy),
+            ``label_distribution`` (softmax, Kullback-Leibler divergence), or ``embedding`` (see ``pretraining``).
         seed: of weights, split, order and augmentation.
         split_seed: of the split and of ``imbalance`` alone, so that runs with other seeds share them; None: ``seed``.
         epochs: passes over the training split.
         batch_size: clips per device and step, before any are mixed into one.
         optimizer, lr, weight_decay: AdamW (decoupled decay), Adam or SGD; peak learning rate.
         momentum: of SGD, not Nesterov's.
+        betas: of Adam and AdamW.
         amsgrad: of Adam and AdamW: steps by the greatest second moment so far.
         schedule: of the learning rate. ``constant``: a linear rise over ``warmup_epochs``, then the peak. ``cosine``:
             the same rise, then a cosine to ``final_lr`` times the peak at the last epoch. ``published``
             (EfficientAT's, constant within an epoch): an exponential
             rise over ``warmup_epochs``, flat to ``ramp_down_start``, a straight line over ``ramp_down_epochs`` to
-            ``final_lr`` times the peak, flat; these epochs are absolute, however many are trained.
-        warmup_epochs, final_lr, ramp_down_start, ramp_down_epochs: of the schedule.
+            ``final_lr`` times the peak, flat; these epochs are absolute, however many are trained. ``steps``
+            (CAV-MAE's): times ``steps_factor`` once ``steps_start`` epochs are done and every ``steps_every`` epochs
+            after that.
+        warmup_epochs, final_lr, ramp_down_start, ramp_down_epochs, steps_start, steps_every, steps_factor: of the
+            schedule.
+        head_lr: factor on the learning rate of the head.
         label_smoothing: share of the target spread over all classes.
+        smoothing: ``spread``: what is taken from the targets goes to all classes alike (to both answers of each, multi
+            label). ``positives`` (CAV-MAE's): every class has label_smoothing / num_classes; a clip's own classes have
+            1 - label_smoothing, set for a clip that is not mixed, added with its weight for each part of a mix.
         layer_decay: learning rates fall by this factor per block from the head down to the stem; None for one rate.
         freeze: whatever these state_dict prefixes name (``features.0``, whole parts between dots) stays as it is,
             BatchNorm statistics included.
@@ -243,6 +304,10 @@ class Recipe(Declaration):
         val_fraction: share of the training clips (or groups) set aside where the data has no ``val`` split.
         patience: epochs without a better validation score before stopping; 0 for never.
         precision: Lightning's, e.g. ``32-true``, ``16-mixed``, ``bf16-mixed``.
+        average_epochs: (first, last) counted from 1: the model is the mean of the weights after each of these epochs,
+            and the best single epoch is kept beside it; None: the best epoch is the model.
+        frames: of several pictures of a clip, those looked at when a finished model is scored: the ``middle`` one, or
+            ``all``, whose probabilities are averaged. In training it is one at random, in validation the middle one.
         select: metric of the validation split by which the best epoch is chosen (single label; multi label always
             goes by mean average precision, a distribution by its KL divergence). Where classes are not equally
             frequent, ``balanced_accuracy``.
@@ -250,6 +315,7 @@ class Recipe(Declaration):
             :meth:`models_zoo.dataset.Dataset.thinned`. Validation and test stay as they are.
         loss: additions to the cross-entropy.
         distillation: learn from a teacher; None for labels alone.
+        pretraining: how a CAV-MAE is pre-trained, which is the task ``embedding``; None for all others.
         augmentation: changes to training clips.
         license, training_data: of the weights, for the card: what may be done with them, and whom they are owed to.
     """
@@ -258,27 +324,34 @@ class Recipe(Declaration):
     model: str = "mn04"
     model_options: dict[str, JsonValue] = Field(default_factory=dict)
     frontend: str = "efficientat"
-    task: Literal["single_label", "multi_label", "label_distribution"] = "single_label"
+    n_mels: int | None = Field(default=None, ge=1)
+    task: Literal["single_label", "multi_label", "label_distribution", "embedding"] = "single_label"
     seed: int = Field(default=0, ge=0)
     split_seed: int | None = Field(default=None, ge=0)
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=32, ge=2)
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    betas: Range = (0.9, 0.999)
     amsgrad: bool = False
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    schedule: Literal["constant", "cosine", "published"] = "cosine"
+    schedule: Literal["constant", "cosine", "published", "steps"] = "cosine"
     warmup_epochs: float = Field(default=2, ge=0)
     ramp_down_start: float = Field(default=10, ge=0)
     ramp_down_epochs: float = Field(default=65, gt=0)
     final_lr: float = Field(default=0.01, ge=0, le=1)
+    steps_start: int = Field(default=10, ge=1)
+    steps_every: int = Field(default=5, ge=1)
+    steps_factor: float = Field(default=0.5, gt=0, le=1)
+    head_lr: float = Field(default=1.0, gt=0)
     layer_decay: float | None = Field(default=None, gt=0, le=1)
     freeze: Sequence[str] = ()
     temperature_schedule: TemperatureSchedule | None = None
     sampling: SamplingRecipe | None = None
     fine_tuning: bool = False
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    smoothing: Literal["spread", "positives"] = "spread"
     bn_momentum: float | None = Field(default=None, gt=0, le=1)
     seconds: float | None = Field(default=None, gt=0)
     crop_seconds_min: float | None = Field(default=None, gt=0)
@@ -288,10 +361,13 @@ class Recipe(Declaration):
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
     patience: int = Field(default=0, ge=0)
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    average_epochs: Annotated[tuple[int, int], Strict(False)] | None = None
+    frames: Literal["middle", "all"] = "middle"
     select: Literal["accuracy", "balanced_accuracy"] = "accuracy"
     imbalance: float | None = Field(default=None, ge=1)
     loss: LossRecipe = LossRecipe()
     distillation: DistillationRecipe | None = None
+    pretraining: PretrainingRecipe | None = None
     augmentation: Augmentation = Augmentation()
     license: str = ""
     training_data: str = ""
@@ -315,6 +391,20 @@ class Recipe(Declaration):
                 "even number, twice as many as the network is to see",
                 field="batch_size",
             )
+        if (self.task == "embedding") != (self.pretraining is not None):
+            raise SpecError(
+                f"pretraining: {'given' if self.pretraining else 'missing'} with task {self.task!r}; the task "
+                "'embedding' is pre-training, and the others have none",
+                field="pretraining",
+            )
+        if self.average_epochs is not None and not 1 <= self.average_epochs[0] <= self.average_epochs[1] <= self.epochs:
+            raise SpecError(
+                f"average_epochs: got {self.average_epochs} of {self.epochs} epochs; expected (first, last), counted "
+                "from 1",
+                field="average_epochs",
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise SpecError(f"betas: got {self.betas}; expected two numbers from 0 to below 1", field="betas")
         if self.amsgrad and self.optimizer == "sgd":
             raise SpecError("amsgrad: SGD has no second moments; choose adam or adamw", field="amsgrad")
         if self.sampling is not None and self.sampling.kind != "weighted" and self.sort_batches > 1:
