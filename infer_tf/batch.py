@@ -13,27 +13,39 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from infer_tf.classifier import TFAudioClassifier
+from infer_tf.classifier import Frames, TFAudioClassifier
 from models_zoo.audio import probe_audio
 from models_zoo.dataset import AUDIO_SUFFIXES
-from models_zoo.errors import AudioDecodeError, CardError, DataError, ModelFileError, WaveformError
+from models_zoo.errors import (
+    AudioDecodeError,
+    CardError,
+    DataError,
+    ImageDecodeError,
+    ModelFileError,
+    VideoDecodeError,
+    WaveformError,
+)
 from models_zoo.event_files import write_events
 from models_zoo.events import EventOptions
 from models_zoo.files import replacing
+from models_zoo.images import IMAGE_SUFFIXES
 from models_zoo.prediction import Event, Prediction, average_predictions
+from models_zoo.video import VIDEO_SUFFIXES
 
 __all__ = [
     "Request",
     "Summary",
     "find_events",
     "is_collection",
+    "is_picture",
+    "is_video",
     "list_recordings",
     "predict_files",
     "scores_of",
     "with_progress",
 ]
 
-_CLIP_ERRORS = (AudioDecodeError, WaveformError, ModelFileError)
+_CLIP_ERRORS = (AudioDecodeError, ImageDecodeError, VideoDecodeError, WaveformError, ModelFileError)
 """What one clip may fail with without ending the work on the others."""
 
 
@@ -47,6 +59,8 @@ class Request:
         average: one answer per recording, the mean over its windows.
         embedding: keep the embedding.
         events: how to find events, or None for the card's way.
+        image: path of the picture that belongs to the recording, or None.
+        frames: of a video, which are looked at; see :meth:`TFAudioClassifier.predict`.
     """
 
     top: int = 5
@@ -55,6 +69,8 @@ class Request:
     average: bool = False
     embedding: bool = False
     events: EventOptions | None = None
+    image: str | None = None
+    frames: Frames = "middle"
 
 
 @dataclass(frozen=True)
@@ -115,12 +131,38 @@ def _read_manifest(path: Path) -> list[Path]:
     return [path.parent / name for _, name in names]
 
 
+def is_video(source: object) -> bool:
+    """Return whether a path names a video, by its suffix."""
+    return isinstance(source, (str, Path)) and Path(source).suffix.lower() in VIDEO_SUFFIXES
+
+
+def is_picture(source: object) -> bool:
+    """Return whether a path names a picture, by its suffix."""
+    return isinstance(source, (str, Path)) and Path(source).suffix.lower() in IMAGE_SUFFIXES
+
+
 def scores_of(classifier: TFAudioClassifier, source: Any, request: Request) -> Iterator[Prediction]:
-    """Yield the prediction of a recording, or of each of its windows, or their mean, as ``request`` asks."""
-    if request.window is None:
-        answers: Iterator[Prediction] = iter([classifier.predict(source, events=request.events)])
+    """Yield the prediction of a recording, or of each of its windows, or their mean, as ``request`` asks.
+
+    A path may name a video or, for a model that looks at pictures alone, a picture; None is no recording, but the
+    request's picture.
+    """
+    if is_video(source) or is_picture(source) or source is None:
+        if request.window is not None:
+            raise WaveformError(f"{source}: windows are cut out of recordings; leave the window out", code="type")
+        if is_video(source):
+            answer = classifier.predict(video=source, frames=request.frames, events=request.events)
+        else:
+            answer = classifier.predict(image=request.image if source is None else source, events=request.events)
+        answers: Iterator[Prediction] = iter([answer])
+    elif request.window is None:
+        answers = iter([classifier.predict(source, image=request.image, events=request.events)])
     else:
-        answers = classifier.predict_windows(source, request.window, _hop(request), events=request.events)
+        looks = [part.name for part in classifier.card.inputs if part.source == "image"]
+        inputs = None if request.image is None else dict.fromkeys(looks or ["image"], request.image)
+        answers = classifier.predict_windows(
+            source, request.window, _hop(request), events=request.events, inputs=inputs
+        )
         if request.average:
             answers = iter([average_predictions(answers)])
     for answer in answers:

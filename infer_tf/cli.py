@@ -100,7 +100,21 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="labels and probabilities of recordings")
     predict.add_argument("model", metavar="MODEL", help="an .onnx file, or the name of a shipped model")
     predict.add_argument(
-        "inputs", metavar="INPUT", nargs="+", help="a recording, '-' for standard input, a folder, or a manifest (.csv)"
+        "inputs",
+        metavar="INPUT",
+        nargs="*",
+        help="a recording, a video, '-' for standard input, a folder, or a manifest (.csv); of a model that looks at "
+        "pictures alone, a picture",
+    )
+    predict.add_argument(
+        "--image", metavar="FILE", help="the picture that belongs to the recording, or, without, alone"
+    )
+    predict.add_argument(
+        "--frames",
+        type=_frames,
+        default="middle",
+        metavar="WHICH",
+        help="of a video's ten frames: middle (default), all, or some of 0 to 9 with commas, whose mean answer it is",
     )
     predict.add_argument("--json", action="store_true", help="one JSON object per line, per clip or window")
     predict.add_argument("--top", type=_count, default=5, metavar="K", help="classes shown (default 5)")
@@ -154,6 +168,33 @@ def _parser() -> argparse.ArgumentParser:
     _add_runtime(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
+    index = commands.add_parser("index", help="make sounds and pictures findable by each other")
+    index.add_argument("model", metavar="MODEL", help="a model with an embedding for sound and one for pictures")
+    index.add_argument(
+        "inputs",
+        metavar="INPUT",
+        nargs="+",
+        help="sounds, pictures, videos; folders of them; folders with metadata.csv, whose labels are kept",
+    )
+    index.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="the index")
+    index.add_argument("--force", action="store_true", help="replace an existing index")
+    _add_runtime(index)
+    index.set_defaults(run=_index, plot=None)
+
+    search = commands.add_parser("search", help="find sounds by a picture, and pictures by a sound")
+    search.add_argument("index", metavar="INDEX", type=Path, help="made by crossfade index")
+    search.add_argument("query", metavar="QUERY", help="a sound or a picture")
+    search.add_argument("-k", type=_count, metavar="K", help="how many (default 10, or all there are)")
+    search.add_argument(
+        "--among", choices=("audio", "image"), help="search these (default: the other kind than QUERY's)"
+    )
+    search.add_argument("--model", metavar="MODEL", help="the index's model, where it is not at its old place any more")
+    search.add_argument("--json", action="store_true", help="print one JSON object")
+    search.add_argument("--plot", type=_picture, metavar="FILE", help="contact sheet of the query and what was found")
+    search.add_argument("--force", action="store_true", help="replace existing outputs")
+    _add_runtime(search)
+    search.set_defaults(run=_search)
+
     info = commands.add_parser("info", help="what a model is, takes and returns, and how it was verified")
     info.add_argument("model", metavar="MODEL", help="an .onnx file, or the name of a shipped or published model")
     info.add_argument("--json", action="store_true", help="print one JSON object")
@@ -197,6 +238,15 @@ def _weights(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers with commas between them") from None
+
+
+def _frames(text: str) -> str | tuple[int, ...]:
+    if text in ("middle", "all"):
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r:.40}; expected middle, all, or numbers with commas") from None
 
 
 def _count(text: str) -> int:
@@ -287,7 +337,19 @@ def _predict(arguments: argparse.Namespace) -> int:
     for option in ("hop", "average"):
         if getattr(arguments, option) and arguments.window is None:
             raise _UsageError(f"--{option} needs --window")
-    request = Request(arguments.top, arguments.window, arguments.hop, arguments.average, arguments.embedding)
+    request = Request(
+        arguments.top,
+        arguments.window,
+        arguments.hop,
+        arguments.average,
+        arguments.embedding,
+        image=arguments.image,
+        frames=arguments.frames,
+    )
+    if not arguments.inputs and arguments.image is None:
+        raise _UsageError("nothing to predict; name a recording, a video, or a picture (--image)")
+    if arguments.image is not None and (len(arguments.inputs) > 1 or arguments.output is not None):
+        raise _UsageError("--image takes one recording, without -o")
     collections = [name for name in arguments.inputs if is_collection(name)]
     if collections and arguments.output is None:
         raise _UsageError(f"{collections[0]} is a folder or a manifest; add -o FILE.csv, .jsonl or .tsv")
@@ -318,11 +380,12 @@ def _predict(arguments: argparse.Namespace) -> int:
             _plot(arguments, classifier, request)
             return 0
         failed = 0
-        for name in arguments.inputs:
+        for name in arguments.inputs or [None]:
             try:
-                _print_scores(arguments, classifier, _source(name), name, request)
+                source = None if name is None else _source(name)
+                _print_scores(arguments, classifier, source, name or arguments.image, request)
             except AudioClassifierError as error:
-                if len(arguments.inputs) == 1:
+                if len(arguments.inputs) <= 1:
                     raise
                 failed += 1
                 text = " ".join(str(error).split())
@@ -341,22 +404,39 @@ def _source(name: str) -> Any:
 
 
 def _plot(arguments: argparse.Namespace, classifier: TFAudioClassifier, request: Request) -> None:
-    from infer_tf.batch import scores_of
+    from infer_tf.batch import is_picture, is_video, scores_of
     from infer_tf.plot import plot_prediction
     from models_zoo.audio import load_audio
     from models_zoo.decoding import legal_segments
+    from models_zoo.images import read_image
+    from models_zoo.video import chosen_frames, read_video_audio, read_video_frames
 
-    name = arguments.inputs[0]
-    waveform = load_audio(_source(name), classifier.frontend.spec, max_seconds=arguments.max_seconds)
-    predictions = list(scores_of(classifier, waveform, request))
+    name = arguments.inputs[0] if arguments.inputs else arguments.image
+    source = _source(name) if arguments.inputs else None
+    frontend = waveform = picture = None
+    if classifier.card.frontend is not None and not is_picture(name):
+        frontend = classifier.frontend
+        if is_video(name):
+            waveform = read_video_audio(name, frontend.spec, max_seconds=arguments.max_seconds)
+        else:
+            source = waveform = load_audio(_source(name), frontend.spec, max_seconds=arguments.max_seconds)
+    if classifier.card.image is not None:
+        if is_video(name):
+            picture = read_video_frames(name, chosen_frames(request.frames)[:1])[0]
+        elif request.image is not None or is_picture(name):
+            picture = read_image(request.image or name)
+    predictions = list(scores_of(classifier, source, request))
     for prediction in predictions:
         _print_prediction(arguments, name, prediction, request)
-    segments = legal_segments(waveform, classifier.card) if request.window is None else waveform[None]
+    if waveform is not None and request.window is None:
+        segments = legal_segments(waveform, classifier.card)
+        waveform = segments[0] if len(segments) == 1 else waveform
     plot_prediction(
         arguments.plot,
-        classifier.frontend,
-        segments[0] if len(segments) == 1 else waveform,
+        frontend,
+        waveform,
         predictions,
+        picture=picture,
         title=f"{Path(name).name}: {classifier.card.name}",
         top=arguments.top,
         force=arguments.force,
@@ -456,6 +536,53 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _index(arguments: argparse.Namespace) -> int:
+    from infer_tf.index import AudioVisualIndex, list_files
+
+    _check_outputs(arguments, arguments.output)
+    files = list_files(arguments.inputs)
+    with _classifier(arguments) as classifier:
+        index = AudioVisualIndex.build(classifier, files)
+        index.save(arguments.output, force=arguments.force)
+    kinds = [entry.kind for entry in index.entries]
+    print(
+        f"entered {kinds.count('audio')} sounds and {kinds.count('image')} pictures of {len(files)} files; wrote "
+        f"{arguments.output}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    from infer_tf.classifier import TFAudioClassifier
+    from infer_tf.index import AudioVisualIndex, kind_of
+
+    _check_outputs(arguments, arguments.plot)
+    kind = kind_of(arguments.query)
+    if kind == "video":
+        raise _UsageError(f"{arguments.query} is a video; search by its sound or by one of its pictures, as a file")
+    model = arguments.model or AudioVisualIndex.model_of(arguments.index)
+    with TFAudioClassifier(model, arguments.device, arguments.threads, max_seconds=arguments.max_seconds) as classifier:
+        index = AudioVisualIndex.load(arguments.index, classifier)
+        query: dict[str, Any] = {kind: arguments.query}
+        k = arguments.k or min(10, index.count(index.searched(kind, arguments.among)))
+        matches = index.search(**query, k=k, among=arguments.among)
+        if arguments.plot is not None:
+            from infer_tf.plot import plot_matches
+
+            plot_matches(arguments.plot, classifier, arguments.query, matches, force=arguments.force)
+            print(f"wrote {arguments.plot}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"query": arguments.query, "matches": [vars(match) for match in matches]}))
+        return 0
+    print(arguments.query)
+    width = max(len(match.label or "") for match in matches)
+    for rank, match in enumerate(matches, start=1):
+        label = f"{match.label or '':<{width}}  " if width else ""
+        print(f"  {rank:>3}  {match.cosine:7.4f}  {label}{match.path}")
+    return 0
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from infer_tf.classifier import find_model
     from infer_tf.session import OnnxSession
@@ -532,6 +659,7 @@ def _card_rows(card: ModelCard, graph: Sequence[tuple[str, str]]) -> list[tuple[
         ("labels", _label_line(card)),
         *graph,
         *_frontend_rows(card),
+        *_image_rows(card),
         *((name.replace("_", " "), text) for name, text in _length_rows(card)),
         *_event_rows(card),
         ("parameters", "not stated" if card.parameters is None else f"{card.parameters:,}"),
@@ -566,6 +694,17 @@ def _frontend_rows(card: ModelCard) -> list[tuple[str, str]]:
         ),
         ("mel", f"{spec.mel.n_mels} bands, {spec.mel.f_min:g} to {spec.mel.f_max:g} Hz, {spec.mel.scale}"),
         ("features", f"axes {spec.layout}"),
+    ]
+
+
+def _image_rows(card: ModelCard) -> list[tuple[str, str]]:
+    spec = card.image
+    if spec is None:
+        return []
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
+    return [
+        ("picture", f"short side to {spec.size} ({spec.resample}), centre {spec.size} x {spec.size}"),
+        ("normalised", f"red, green, blue in 0 to 1, minus {mean}, by {std}"),
     ]
 
 

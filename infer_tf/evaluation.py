@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +20,10 @@ from models_zoo import metrics
 from models_zoo.audio import load_audio
 from models_zoo.dataset import Dataset, Record
 from models_zoo.ensembles import fit_weights
-from models_zoo.errors import DataError, ModelFileError, WaveformError
+from models_zoo.errors import DataError, ImageDecodeError, ModelFileError, WaveformError
 from models_zoo.events import EventOptions, FrameGrid
 from models_zoo.prediction import Prediction
+from models_zoo.retrieval import cosine_similarity, retrieval_metrics
 from models_zoo.sed_metrics import WITHOUT_EXTRA, Answer, SceneScores, has_sed_extra
 
 __all__ = ["Comparison", "Report", "best_weights", "compare_members", "comparison_lines", "evaluate", "report_lines"]
@@ -178,14 +180,20 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
     that the data leaves unknown (column ``absent``) count neither for nor against the model. A progress bar is shown
     on standard error where that is a terminal.
 
+    A model that looks at pictures is given those of the column ``image``, of several the middle one. One that embeds
+    sounds and pictures is measured by how well they find each other, in both directions: what is looked for is anything
+    with a label in common where every recording has one, else the own other half.
+
     A model for event detection is scored by what it says of whole files and when: by the events of ``strong`` ones and
     the classes of those and of ``weak`` ones, as far as it hears them.
 
     Raises:
         DataError: the data has labels the model does not have, or no recordings; or, for a model of distributions,
             recordings of several labels without weights.
-        AudioDecodeError, WaveformError: a recording cannot be scored; the message names it.
+        AudioDecodeError, ImageDecodeError, WaveformError: a recording cannot be scored; the message names it.
     """
+    if classifier.card.task == "embedding":
+        return _retrieval_report(classifier, dataset)
     labels = _matching_labels(classifier, dataset)
     dataset = dataset.with_labels(labels)
     if classifier.card.task == "event_detection":
@@ -223,6 +231,24 @@ def evaluate(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
             per_class[label]["recall"] = right / asked if asked else float("nan")
             per_class[label]["precision"] = right / answered if answered else float("nan")
     return Report(labels, len(dataset), measures, per_class, confusion, by_clip)
+
+
+def _retrieval_report(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
+    sides: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+    for record in tqdm(dataset.records, unit="pair", file=sys.stderr, disable=None):
+        with _named(record):
+            picture = _picture_of(classifier, record)
+            sides.append((classifier.embed_audio(_clip(classifier, record)), classifier.embed_image(picture)))
+    similarity = cosine_similarity([sound for sound, _ in sides], [picture for _, picture in sides])
+    has = dataset.multi_hot().astype(np.int64)
+    relevant = has @ has.T > 0 if has.any(axis=1).all() else None
+    measures = {
+        f"{name}_{measure}": value
+        for name, rows in (("audio_to_image", similarity), ("image_to_audio", similarity.T))
+        for measure, value in retrieval_metrics(rows, relevant).items()
+    }
+    measures["chance_at_1"] = 1 / len(sides) if relevant is None else float(relevant.mean())
+    return Report(dataset.labels, len(sides), measures, {}, None)
 
 
 def _detection_report(classifier: TFAudioClassifier, dataset: Dataset) -> Report:
@@ -303,14 +329,32 @@ def _scores(classifier: TFAudioClassifier, dataset: Dataset) -> NDArray[np.float
 
 
 def _probabilities(classifier: TFAudioClassifier, record: Record) -> NDArray[np.float32]:
-    return _predicted(classifier, record, _clip(classifier, record)).probabilities
+    hears = any(part.source != "image" for part in classifier.card.inputs)
+    return _predicted(classifier, record, _clip(classifier, record) if hears else None).probabilities
 
 
-def _predicted(classifier: TFAudioClassifier, record: Record, clip: NDArray[np.float32]) -> Prediction:
+def _predicted(classifier: TFAudioClassifier, record: Record, clip: NDArray[np.float32] | None) -> Prediction:
+    with _named(record):
+        picture = None if classifier.card.image is None else _picture_of(classifier, record)
+        return cast(Prediction, classifier.predict(clip, image=picture))
+
+
+def _picture_of(classifier: TFAudioClassifier, record: Record) -> Path:
+    if record.image is None:
+        raise DataError(
+            f"no picture, which model {classifier.card.name!r} looks at; name it in the column 'image' of metadata.csv"
+        )
+    return record.image
+
+
+@contextmanager
+def _named(record: Record) -> Iterator[None]:
+    """Say in an error which recording it is about."""
     try:
-        return cast(Prediction, classifier.predict(clip))
-    except (ModelFileError, WaveformError) as error:
-        error.args = (f"{record.file}: {error}",)
+        yield
+    except (DataError, ImageDecodeError, ModelFileError, WaveformError) as error:
+        if str(record.file) not in str(error):
+            error.args = (f"{record.file}: {error}",)
         raise
 
 
@@ -319,6 +363,8 @@ def report_lines(report: Report) -> Iterator[str]:
     width = max(18, *map(len, report.measures))
     for name, value in report.measures.items():
         yield f"{name:<{width}} {value:.4f}"
+    if not report.per_class:
+        return
     columns = ["clips", "recall", "precision", "average_precision", "auc", "mean_weight", "mean_answer"]
     columns += ["clip_f1", "events", "found", "event_f1"]
     columns = [column for column in columns if column in next(iter(report.per_class.values()))]

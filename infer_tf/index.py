@@ -17,7 +17,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from infer_tf.classifier import TFAudioClassifier
-from models_zoo.dataset import AUDIO_SUFFIXES
+from models_zoo.dataset import AUDIO_SUFFIXES, read_dataset
 from models_zoo.errors import DataError, IndexFileError, MissingDependencyError, VideoDecodeError
 from models_zoo.files import replacing
 from models_zoo.images import IMAGE_SUFFIXES
@@ -25,7 +25,7 @@ from models_zoo.schema import Declaration
 from models_zoo.schema import Sequence as Parts
 from models_zoo.video import VIDEO_SUFFIXES, read_video_audio, read_video_frames
 
-__all__ = ["AudioVisualIndex", "Entry", "Kind", "Match", "kind_of"]
+__all__ = ["AudioVisualIndex", "Entry", "Kind", "Match", "kind_of", "list_files"]
 
 Kind: TypeAlias = Literal["audio", "image"]
 """Sound or picture."""
@@ -177,6 +177,15 @@ class AudioVisualIndex:
         except DataError as error:
             raise _corrupt(Path(path), str(error)) from None
 
+    @staticmethod
+    def model_of(path: str | os.PathLike[str]) -> str:
+        """Return what the model of an index in a file was called when it was built: a name, or a whole path.
+
+        Raises:
+            IndexFileError: as :meth:`load`.
+        """
+        return _read(Path(path))[0].model
+
     def search(
         self, *, audio: Any = None, image: Any = None, k: int = 10, among: Kind | None = None, **options: Any
     ) -> list[Match]:
@@ -201,10 +210,14 @@ class AudioVisualIndex:
             vector = self.classifier.embed_audio(audio, **options)
         else:
             vector = self.classifier.embed_image(image, **options)
-        return self.nearest(vector, k, kinds=self._searched("audio" if image is None else "image", among))
+        return self.nearest(vector, k, kinds=self.searched("audio" if image is None else "image", among))
 
-    def _searched(self, asked: Kind, among: Kind | None) -> tuple[Kind, ...]:
-        """Return the kinds of entries to search for a query of a kind."""
+    def count(self, kinds: Sequence[Kind]) -> int:
+        """Return the number of entries of some kinds."""
+        return sum(entry.kind in kinds for entry in self.entries)
+
+    def searched(self, asked: Kind, among: Kind | None = None) -> tuple[Kind, ...]:
+        """Return the kinds of entries that :meth:`search` looks at for a query of a kind."""
         there = {entry.kind for entry in self.entries}
         if among is not None:
             return (among,)
@@ -263,6 +276,31 @@ def kind_of(path: str | os.PathLike[str]) -> Literal["audio", "image", "video"]:
         f"{os.fspath(path)}: its suffix {suffix!r} is none of a sound, a picture or a video; expected "
         f"{', '.join(sorted(AudioVisualIndex.suffixes))}"
     )
+
+
+def list_files(inputs: Sequence[str | os.PathLike[str]]) -> list[tuple[Path, str | None]]:
+    """Return the files that paths and folders name, with their labels where these are known.
+
+    A folder with a ``metadata.csv`` stands for the sounds and pictures in it, labelled as it says; any other folder for
+    the sounds, pictures and videos below it, sorted by path.
+
+    Raises:
+        DataError: a folder without any, or with a table that cannot be read.
+    """
+    found: dict[Path, str | None] = {}
+    for item in map(Path, inputs):
+        if (item / "metadata.csv").is_file():
+            for record in read_dataset(item).records:
+                for path in (record.file, *record.images):
+                    found.setdefault(path, ";".join(record.labels) or None)
+        elif item.is_dir():
+            below = sorted(path for path in item.rglob("*") if path.suffix.lower() in AudioVisualIndex.suffixes)
+            if not below:
+                raise DataError(f"{item}: no sound, picture or video in this folder")
+            found |= dict.fromkeys(below)
+        else:
+            found[item] = None
+    return list(found.items())
 
 
 def _embedded(

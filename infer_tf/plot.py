@@ -10,19 +10,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models_zoo.errors import MissingDependencyError
+from models_zoo.audio import load_audio
+from models_zoo.decoding import legal_segments
+from models_zoo.errors import AudioDecodeError, ImageDecodeError, MissingDependencyError, VideoDecodeError
 from models_zoo.files import replacing
 from models_zoo.filterbanks import mel_matrix
+from models_zoo.images import IMAGE_SUFFIXES, read_image
 from models_zoo.prediction import Event, Prediction
 from models_zoo.segments import ScoreJoiner
 from models_zoo.specs import FrontendSpec
+from models_zoo.video import VIDEO_SUFFIXES, read_video_audio, read_video_frames
 
 if TYPE_CHECKING:
-    from infer_tf.frontend import TFFrontend
+    from PIL import Image
 
-__all__ = ["plot_confusion", "plot_prediction", "require_matplotlib", "spectrogram"]
+    from infer_tf.classifier import TFAudioClassifier
+    from infer_tf.frontend import TFFrontend
+    from infer_tf.index import Match
+
+__all__ = ["plot_confusion", "plot_matches", "plot_prediction", "require_matplotlib", "spectrogram"]
 
 _BLOCK_SECONDS = 30.0
+_COLUMNS = 6  # of a contact sheet
+_PIXELS = 512  # of the longer side of a picture, as it is drawn
 _TICKS_HZ = (100, 250, 500, 1000, 2000, 4000, 8000, 16000)
 
 
@@ -76,15 +86,16 @@ def _mel_ticks(spec: FrontendSpec) -> tuple[list[float], list[str]]:
 
 def plot_prediction(
     path: str | Path,
-    frontend: TFFrontend,
-    waveform: NDArray[np.float32],
+    frontend: TFFrontend | None,
+    waveform: NDArray[np.float32] | None,
     predictions: Sequence[Prediction],
     *,
     title: str,
     top: int = 5,
+    picture: Image.Image | None = None,
     force: bool = False,
 ) -> None:
-    """Write a picture of a clip's spectrogram with its scores.
+    """Write a picture of a clip's spectrogram, and of the picture beside it, with its scores.
 
     One prediction gives bars of its most probable classes; several (windows of a recording) give a map of
     probability over time. Of a model for event detection, either gives a lane for each class: its frame scores in blue
@@ -92,10 +103,11 @@ def plot_prediction(
 
     Args:
         path: where to; the suffix decides the format.
-        frontend: of the model; its features are what is shown.
-        waveform: ``(num_samples,)`` float32 at the front end's rate.
+        frontend: of the model; its features are what is shown. None where it hears nothing.
+        waveform: ``(num_samples,)`` float32 at the front end's rate, or None.
         predictions: of the clip, or of its windows in order.
         title: above the picture.
+        picture: what the model looked at, or None; shown where there is one prediction.
         top: classes shown; of events, those that have any, and the ``top`` most probable.
         force: replace an existing file.
 
@@ -113,14 +125,83 @@ def plot_prediction(
         heard, answered = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 0.5 + 0.34 * len(lanes)])
         _draw_lanes(figure, answered, scores, seconds, events, predictions[0].labels, lanes)
     elif len(predictions) == 1:
-        heard, answered = figure.subplots(1, 2, width_ratios=[2, 1])
+        sides = [2.0] * (waveform is not None) + [1.0] * (picture is not None)
+        axes = figure.subplots(1, len(sides) + 1, width_ratios=[*sides, 1], squeeze=False)[0]
+        heard, answered = axes[0], axes[-1]
+        if picture is not None:
+            _draw_picture(axes[-2], picture, "picture")
         _draw_bars(answered, predictions[0], top)
     else:
         figure.set_size_inches(11, 6.5)
         heard, answered = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
         _draw_map(figure, answered, predictions, top)
-    _draw_spectrogram(figure, heard, frontend, waveform)
+    if frontend is not None and waveform is not None:
+        _draw_spectrogram(figure, heard, frontend, waveform)
     _save(figure, path, force)
+
+
+def plot_matches(
+    path: str | Path, classifier: TFAudioClassifier, query: str, matches: Sequence[Match], *, force: bool = False
+) -> None:
+    """Write a contact sheet: a query and what was found for it, pictures as such and sounds as spectrograms.
+
+    Args:
+        path: where to; the suffix decides the format.
+        classifier: the index's model.
+        query: path of a sound or a picture.
+        matches: found by :class:`~infer_tf.index.AudioVisualIndex`; files that are not there any more are named only.
+        force: replace an existing file.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        AudioDecodeError, ImageDecodeError: the query cannot be read.
+        OutputExistsError, OutputWriteError: the sheet cannot be written.
+    """
+    shown: list[tuple[str, str, str]] = [
+        (query, "image" if Path(query).suffix.lower() in IMAGE_SUFFIXES else "audio", "query")
+    ]
+    for rank, match in enumerate(matches, start=1):
+        name = match.label or Path(match.path).name
+        shown.append((match.path, match.kind, f"{rank}. {_short(name, 20)}  {match.cosine:.3f}"))
+    columns = min(len(shown), _COLUMNS)
+    rows = -(-len(shown) // columns)
+    figure = require_matplotlib()(figsize=(2.4 * columns, 2.5 * rows), layout="constrained")
+    for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).ravel()):
+        axes.set_axis_off()
+        if place < len(shown):
+            _draw_thing(axes, classifier, *shown[place], needed=place == 0)
+    _save(figure, path, force)
+
+
+def _draw_thing(axes: Any, classifier: TFAudioClassifier, path: str, kind: str, title: str, *, needed: bool) -> None:
+    """Draw one cell of a contact sheet."""
+    axes.set_title(_plain(title), fontsize=9)
+    try:
+        if Path(path).suffix.lower() in VIDEO_SUFFIXES:
+            thing: Any = (
+                read_video_audio(path, classifier.frontend.spec) if kind == "audio" else read_video_frames(path)[0]
+            )
+        else:
+            thing = load_audio(path, classifier.frontend.spec) if kind == "audio" else read_image(path)
+    except (AudioDecodeError, ImageDecodeError, VideoDecodeError):
+        if needed:
+            raise
+        axes.text(0.5, 0.5, "not there any more", ha="center", va="center", fontsize=9, transform=axes.transAxes)
+        return
+    if kind == "audio":
+        legal = legal_segments(thing, classifier.card)[0]
+        picture = spectrogram(classifier.frontend, legal)
+        axes.imshow(picture, origin="lower", aspect="auto", interpolation="nearest", cmap="magma")
+    else:
+        _draw_picture(axes, thing, title)
+
+
+def _draw_picture(axes: Any, picture: Image.Image, title: str) -> None:
+    small = picture.copy()
+    small.thumbnail((_PIXELS, _PIXELS))
+    axes.imshow(np.asarray(small))
+    axes.set_axis_off()
+    axes.set_title(_plain(title), fontsize=10 if title == "picture" else 9)
 
 
 def _draw_spectrogram(figure: Any, axes: Any, frontend: TFFrontend, waveform: NDArray[np.float32]) -> None:
