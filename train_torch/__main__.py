@@ -116,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument(
         "--set", metavar="FIELD=VALUE", nargs="+", default=[], help="any field of the recipe, e.g. lr=0.002 mixup=hard"
     )
+    detect.add_argument(
+        "--embeddings",
+        metavar="PATH",
+        help="for a model with a fusion: an exported encoder (.onnx), an .npz file with an array for each clip, or a "
+        "folder of .npy files",
+    )
     detect.add_argument("--no-test", action="store_true", help="leave the test split untouched")
     detect.add_argument("--resume", action="store_true", help="go on with the run in --out after its last full epoch")
     detect.add_argument("--force", action="store_true", help="replace the run in --out")
@@ -441,6 +447,7 @@ def _fit_sed(options: argparse.Namespace) -> None:
             cache_gib=options.cache_gib,
             test=not options.no_test,
             energy=options.energy,
+            embeddings=options.embeddings,
             progress=not options.quiet,
             resume=options.resume,
             force=options.force,

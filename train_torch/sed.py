@@ -19,6 +19,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,7 +59,8 @@ from train_torch.run_folder import (
     split_hash_of,
 )
 from train_torch.sed_data import SceneBatch, SceneData, SceneDataModule, read_scenes
-from train_torch.sed_evaluation import evaluate_scenes, known_classes, scene_scores
+from train_torch.sed_embeddings import open_embeddings
+from train_torch.sed_evaluation import evaluate_scenes, scene_scores
 
 __all__ = [
     "MeanTeacher",
@@ -180,8 +182,9 @@ class MeanTeacher(lightning.LightningModule):
         """Return the loss of a batch; every draw follows from (seed, step)."""
         rng = np.random.default_rng((self.recipe.seed, self.global_step))
         torch.manual_seed(int(rng.integers(2**62)))
-        mel, strong, weak = self._augmented(batch, rng)
-        inputs = {"features": self.frontend.from_mel(mel), **known_classes(batch)}
+        batch = self._augmented(batch, rng)
+        mel, strong, weak = batch.mel, batch.strong, batch.weak
+        inputs = {"features": self.frontend.from_mel(mel), **batch.beside_features()}
         answer = self.student(**inputs)
         frames = min(answer["strong"].shape[2], strong.shape[2])
         losses = self._supervised(answer, strong, weak, frames)
@@ -191,9 +194,9 @@ class MeanTeacher(lightning.LightningModule):
             self.log(f"train_{name}", value.detach(), on_step=False, on_epoch=True, batch_size=len(mel))
         return cast(Tensor, sum(losses.values()))
 
-    def _augmented(self, batch: SceneBatch, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mel values, strong and weak targets, shifted and mixed as the recipe says."""
-        mel, strong, weak = batch.mel, batch.strong, batch.weak
+    def _augmented(self, batch: SceneBatch, rng: np.random.Generator) -> SceneBatch:
+        """Return the batch shifted and mixed as the recipe says."""
+        mel, strong, weak, embeddings = batch.mel, batch.strong, batch.weak, batch.embeddings
         if self.recipe.frame_shift:
             shifts = [int(shift) for shift in rng.normal(0, self.recipe.frame_shift, len(mel))]
             mel, strong = shifted(mel, strong, shifts, self.hop)
@@ -201,16 +204,29 @@ class MeanTeacher(lightning.LightningModule):
             hard = self.recipe.mixup == "hard"
             parts = []
             for group, members in self._groups():
+                tokens = None if embeddings is None else embeddings[members]
                 rows = (mel[members], strong[members], weak[members])
                 if group.part != "unlabelled":
-                    weight = float(rng.beta(self.recipe.mixup_alpha, self.recipe.mixup_alpha))
-                    order = torch.as_tensor(rng.permutation(len(rows[0])), device=mel.device)
-                    targets = (mixed_targets(one, order, weight, hard=hard) for one in rows[1:])
-                    rows = (mixed(rows[0], order, weight), *targets)
-                parts.append(rows)
-            mel, strong, weak = (torch.cat(rows) for rows in zip(*parts, strict=True))
+                    weight, order = self._mix(rng, rows[0])
+                    targets = [mixed_targets(one, order, weight, hard=hard) for one in rows[1:]]
+                    if tokens is not None and self.recipe.mixup_embeddings == "second":
+                        # As published in 2024: mixed by a draw of their own, by which the targets are mixed again.
+                        again, other = self._mix(rng, tokens)
+                        tokens = mixed(tokens, other, again)
+                        targets = [mixed_targets(one, other, again, hard=hard) for one in targets]
+                    elif tokens is not None and self.recipe.mixup_embeddings == "same":
+                        tokens = mixed(tokens, order, weight)
+                    rows = (mixed(rows[0], order, weight), targets[0], targets[1])
+                parts.append((*rows, tokens))
+            mel, strong, weak = (torch.cat([part[place] for part in parts]) for place in range(3))
+            embeddings = None if embeddings is None else torch.cat([part[3] for part in parts])
         valid = batch.valid
-        return mel, strong * valid[:, :, None], weak * valid
+        return replace(batch, mel=mel, strong=strong * valid[:, :, None], weak=weak * valid, embeddings=embeddings)
+
+    def _mix(self, rng: np.random.Generator, rows: Tensor) -> tuple[float, Tensor]:
+        """Return a weight, and the order of the clips that each is mixed with."""
+        weight = float(rng.beta(self.recipe.mixup_alpha, self.recipe.mixup_alpha))
+        return weight, torch.as_tensor(rng.permutation(len(rows)), device=rows.device)
 
     def _groups(self) -> list[tuple[Any, slice]]:
         """Return the groups of the recipe and where their clips lie in a batch."""
@@ -259,7 +275,7 @@ class MeanTeacher(lightning.LightningModule):
 
     def validation_step(self, batch: SceneBatch, batch_idx: int) -> None:
         """Keep the answers to a batch."""
-        inputs = {"features": self.frontend.from_mel(batch.mel), **known_classes(batch)}
+        inputs = {"features": self.frontend.from_mel(batch.mel), **batch.beside_features()}
         answers = {
             stem: {name: value.float().cpu() for name, value in network(**inputs).items()}
             for stem, network in self.networks.items()
@@ -314,6 +330,7 @@ def fit_sed(
     cache_gib: float = 4.0,
     test: bool = True,
     energy: str | None = None,
+    embeddings: str | Path | None = None,
     progress: bool = True,
     resume: bool = False,
     force: bool = False,
@@ -329,6 +346,8 @@ def fit_sed(
         cache_gib: memory for features of clips.
         test: score the test split, if there is one, once at the end.
         energy: country, as a code of three letters, for whose power the energy of the run is reported; None: not.
+        embeddings: for a model that takes them: an exported encoder or stored ones, see
+            :func:`train_torch.sed_embeddings.open_embeddings`.
         progress: show bars.
         resume: go on after the last complete epoch of the run in ``out``.
         force: replace the run in ``out``.
@@ -364,6 +383,8 @@ def fit_sed(
     spec = _frontend(recipe)
     fixed = {"num_classes": len(files.labels), "n_mels": spec.mel.n_mels}
     student = create_model(recipe.model, **{**recipe.model_options, **fixed})
+    embedder = None if embeddings is None else open_embeddings(embeddings, spec.sample_rate)
+    _check_embeddings(student, recipe, embeddings)
     samples = round(recipe.seconds * spec.sample_rate)
     parts = {part: sum(r.part == part and r.split == "train" for r in files.records) for part in _parts(recipe)}
     card = new_card(
@@ -383,6 +404,7 @@ def fit_sed(
             "seed": recipe.seed,
             "split_sha256": split_hash_of(files),
             "training_clips": parts,
+            **({} if embeddings is None else {"embeddings": Path(embeddings).name}),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -393,7 +415,7 @@ def fit_sed(
     )
     if card.frame_output() is None:
         raise SpecError(f"model: {recipe.model!r} scores no frames, so it finds no events; use crnn", field="model")
-    module = SceneDataModule(scenes, card, recipe, cache_gib=cache_gib, progress=progress)
+    module = SceneDataModule(scenes, card, recipe, cache_gib=cache_gib, progress=progress, embedder=embedder)
     learner = MeanTeacher(student, card, recipe, module.parts["validation"])
     prepare_run_folder(folder, recipe, files, OWN_FILES, resume=resume)
     run = RunFolder(folder, card, learner.networks)
@@ -426,7 +448,9 @@ def fit_sed(
     report: dict[str, Any] = {"model": card.name, "best_epoch": run.best_epoch, "epochs": len(run.history)}
     splits = {"validation": module.parts["validation"]}
     if test and any(record.split == "test" for record in files.records):
-        splits["test"] = SceneData(scenes.select("test"), card, recipe, cache_gib=cache_gib, progress=progress)
+        splits["test"] = SceneData(
+            scenes.select("test"), card, recipe, cache_gib=cache_gib, progress=progress, embedder=embedder
+        )
     options = EventOptions.of(card)
     if not has_sed_extra():
         _log.info("%s", WITHOUT_EXTRA)
@@ -449,6 +473,22 @@ def fit_sed(
     with replacing(folder / REPORT, force=True) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _check_embeddings(network: nn.Module, recipe: SedRecipe, embeddings: str | Path | None) -> None:
+    """Refuse embeddings that the model does not take, and their absence where it does."""
+    takes = any(part.source == "encoder" for part in cast(Any, network).inputs)
+    if takes != (embeddings is not None):
+        raise SpecError(
+            "embeddings: the model takes none; choose a fusion in model_options, or leave them out"
+            if embeddings is not None
+            else "embeddings: the model joins embeddings to its features; give an encoder or stored ones",
+            field="model_options",
+        )
+    if takes and recipe.frame_shift:
+        raise SpecError(
+            "frame_shift: moves features, and embeddings would stay behind; set it to 0", field="frame_shift"
+        )
 
 
 def _parts(recipe: SedRecipe) -> list[str]:

@@ -28,6 +28,7 @@ from models_zoo.events import FrameGrid, encode_events
 from models_zoo.prediction import Event
 from train_torch.frontend import TorchFrontend
 from train_torch.recipes.sed import BatchGroup, SedRecipe
+from train_torch.sed_embeddings import Embedder
 
 __all__ = ["SceneBatch", "SceneData", "SceneDataModule", "Scenes", "read_scenes", "scene_loader"]
 
@@ -128,6 +129,7 @@ class SceneBatch:
         weak: ``(batch, num_classes)`` float32 in [0, 1]; of strong clips their events' classes, of unlabelled ones 0.
         valid: ``(batch, num_classes)`` bool, whether a clip's data set knows the class.
         index: ``(batch,)`` int64, places in the data set.
+        embeddings: ``(batch, size, tokens)`` or ``(batch, size)`` float32, or None where the model takes none.
     """
 
     mel: Tensor
@@ -135,11 +137,17 @@ class SceneBatch:
     weak: Tensor
     valid: Tensor
     index: Tensor
+    embeddings: Tensor | None = None
 
     def to(self, device: torch.device | str) -> SceneBatch:
         """Return the batch on ``device``."""
         moved = (part.to(device) for part in (self.mel, self.strong, self.weak, self.valid))
-        return SceneBatch(*moved, self.index)
+        return SceneBatch(*moved, self.index, None if self.embeddings is None else self.embeddings.to(device))
+
+    def beside_features(self) -> dict[str, Tensor]:
+        """Return what a network is given beside features: embeddings, and the valid classes where not all are."""
+        given = {} if self.embeddings is None else {"embeddings": self.embeddings}
+        return given if bool(self.valid.all()) else {**given, "classes_mask": self.valid}
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,8 @@ class SceneData(torch.utils.data.Dataset[SceneBatch]):
         recipe: the length of clips and the seed of their crops.
         cache_gib: memory for mel values of clips that are never cropped; others are read whenever they come.
         progress: show a bar while reading.
+        embedder: gives the embeddings of each clip, see :func:`train_torch.sed_embeddings.open_embeddings`; they are
+            kept, beyond ``cache_gib``.
 
     Attributes:
         files: names of the clips.
@@ -168,11 +178,19 @@ class SceneData(torch.utils.data.Dataset[SceneBatch]):
 
     Raises:
         AudioDecodeError: a file cannot be read; every file is read here, before any training.
-        DataError: an event begins after its clip ends, or reaches well beyond it; or a label that is not the card's.
+        DataError: an event begins after its clip ends, or reaches well beyond it; or a label that is not the card's; or
+            embeddings that are missing, of unequal shapes, or of clips that would be cropped.
     """
 
     def __init__(
-        self, scenes: Scenes, card: ModelCard, recipe: SedRecipe, *, cache_gib: float = 4.0, progress: bool = False
+        self,
+        scenes: Scenes,
+        card: ModelCard,
+        recipe: SedRecipe,
+        *,
+        cache_gib: float = 4.0,
+        progress: bool = False,
+        embedder: Embedder | None = None,
     ) -> None:
         if card.frontend is None or card.labels is None:
             raise CardError(f"card {card.name!r} has no front end or no labels, so no targets", field="frontend")
@@ -193,6 +211,7 @@ class SceneData(torch.utils.data.Dataset[SceneBatch]):
         known = [[label in scenes.valid[origin] for label in card.labels] for origin in self.origins]
         self.valid = torch.tensor(known, dtype=torch.bool).reshape(-1, len(card.labels))
         self._kept: list[Tensor | None] = []
+        self._embeddings: list[Tensor] = []
         durations = []
         room = cache_gib * 2**30
         for index in tqdm(range(len(self._rows)), desc="reading", unit="clip", disable=not progress, leave=False):
@@ -202,6 +221,8 @@ class SceneData(torch.utils.data.Dataset[SceneBatch]):
             mel = self._mel(waveform, 0) if waveform.size <= self._length else None
             room -= 0 if mel is None else mel.numel() * mel.element_size()
             self._kept.append(mel if room >= 0 else None)
+            if embedder is not None:
+                self._embeddings.append(self._embedded(index, waveform, embedder))
         self.durations = tuple(durations)
 
     def __len__(self) -> int:
@@ -211,7 +232,8 @@ class SceneData(torch.utils.data.Dataset[SceneBatch]):
         clips = [self._clip(index, request.epoch) for index in request.indices]
         index = torch.tensor(request.indices)
         mel, strong, weak = (torch.stack(parts) for parts in zip(*clips, strict=True))
-        return SceneBatch(mel, strong, weak, self.valid[index], index)
+        embeddings = torch.stack([self._embeddings[i] for i in request.indices]) if self._embeddings else None
+        return SceneBatch(mel, strong, weak, self.valid[index], index, embeddings)
 
     def _clip(self, index: int, epoch: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return mel values and targets of one clip."""
@@ -224,6 +246,22 @@ class SceneData(torch.utils.data.Dataset[SceneBatch]):
             mel = self._mel(waveform, start)
         strong, weak = self._targets(index, start / self._spec.sample_rate)
         return mel, strong, weak
+
+    def _embedded(self, index: int, waveform: _Waveform, embedder: Embedder) -> Tensor:
+        """Return the embeddings of a clip with zeros behind it."""
+        name = self.files[index]
+        if waveform.size > self._length:
+            raise DataError(
+                f"{name} is longer than {self.recipe.seconds:g} s and would be cropped, and its embeddings are of all "
+                "of it; cut it first"
+            )
+        found = torch.from_numpy(embedder(name, np.pad(waveform, (0, self._length - waveform.size))))
+        if self._embeddings and found.shape != self._embeddings[0].shape:
+            raise DataError(
+                f"{name} has embeddings of shape {tuple(found.shape)}, {self.files[0]} of "
+                f"{tuple(self._embeddings[0].shape)}; expected the same, as clips have one length"
+            )
+        return found
 
     def _mel(self, waveform: _Waveform, start: int) -> Tensor:
         """Return ``(windows, T, n_mels)`` of the clip from ``start``, with zeros behind a short one."""
@@ -306,17 +344,32 @@ class SceneDataModule(lightning.LightningDataModule):
 
     Args:
         scenes: with a train and a validation split.
-        card, recipe, cache_gib, progress: see :class:`SceneData`; the cache is shared out by numbers of clips.
+        card, recipe, cache_gib, progress, embedder: see :class:`SceneData`; the cache is shared out by numbers of
+            clips.
     """
 
     def __init__(
-        self, scenes: Scenes, card: ModelCard, recipe: SedRecipe, *, cache_gib: float = 4.0, progress: bool = False
+        self,
+        scenes: Scenes,
+        card: ModelCard,
+        recipe: SedRecipe,
+        *,
+        cache_gib: float = 4.0,
+        progress: bool = False,
+        embedder: Embedder | None = None,
     ) -> None:
         super().__init__()
         parts = {split: scenes.select(split) for split in ("train", "validation")}
         total = sum(len(part.dataset) for part in parts.values())
         self.parts = {
-            split: SceneData(part, card, recipe, cache_gib=cache_gib * len(part.dataset) / total, progress=progress)
+            split: SceneData(
+                part,
+                card,
+                recipe,
+                cache_gib=cache_gib * len(part.dataset) / total,
+                progress=progress,
+                embedder=embedder,
+            )
             for split, part in parts.items()
         }
         self.batches = _TrainingBatches(self.parts["train"], recipe.groups, recipe.steps_per_epoch)

@@ -18,16 +18,11 @@ from models_zoo.errors import CheckpointError
 from models_zoo.events import EventOptions
 from models_zoo.sed_metrics import WITHOUT_EXTRA, Answer, SceneScores, has_sed_extra
 from train_torch.recipes.sed import SedRecipe
-from train_torch.sed_data import SceneBatch, SceneData, Scenes, scene_loader
+from train_torch.sed_data import SceneData, Scenes, scene_loader
 
-__all__ = ["Detection", "evaluate_detector", "evaluate_scenes", "known_classes", "scene_scores"]
+__all__ = ["Detection", "evaluate_detector", "evaluate_scenes", "scene_scores"]
 
 _log = logging.getLogger(__name__)
-
-
-def known_classes(batch: SceneBatch) -> dict[str, Tensor]:
-    """Return the mask of valid classes as an input of the network, where not all are."""
-    return {} if bool(batch.valid.all()) else {"classes_mask": batch.valid}
 
 
 def scene_scores(data: SceneData, answers: Sequence[Mapping[str, Tensor]]) -> SceneScores:
@@ -52,7 +47,7 @@ def evaluate_scenes(model: nn.Module, data: SceneData, *, device: torch.device |
     for batch in scene_loader(data):
         moved = batch.to(device)
         features = data.frontend.to(device).from_mel(moved.mel)
-        found = model(features=features, **known_classes(moved))
+        found = model(features=features, **moved.beside_features())
         answers.append({name: value.float().cpu() for name, value in found.items()})
     return scene_scores(data, answers)
 

@@ -383,7 +383,8 @@ def test_groups_are_mixed_apart_and_unlabelled_clips_not_at_all(scenes: Path) ->
     batch = first_batch(module)
     moved = 0
     for seed in range(8):
-        mel, strong, weak = learner._augmented(batch, np.random.default_rng(seed))
+        changed = learner._augmented(batch, np.random.default_rng(seed))
+        mel, strong, weak = changed.mel, changed.strong, changed.weak
         assert torch.equal(mel[4:], batch.mel[4:])
         for pair in (slice(0, 2), slice(2, 4)):
             # What two clips are mixed of is theirs alone: their sum, or twice one of them where both are the same.
@@ -394,9 +395,9 @@ def test_groups_are_mixed_apart_and_unlabelled_clips_not_at_all(scenes: Path) ->
         moved += not torch.equal(mel[:2], batch.mel[:2])
     assert moved >= 2
     never = learner_of(scenes, TINY.replace(mixup_probability=0.0))[0]
-    assert torch.equal(never._augmented(batch, np.random.default_rng(0))[0], batch.mel)
+    assert torch.equal(never._augmented(batch, np.random.default_rng(0)).mel, batch.mel)
     hard = learner_of(scenes, TINY.replace(mixup="hard"))[0]
-    targets = torch.cat([hard._augmented(batch, np.random.default_rng(seed))[2][:4] for seed in range(8)])
+    targets = torch.cat([hard._augmented(batch, np.random.default_rng(seed)).weak[:4] for seed in range(8)])
     assert set(targets.unique().tolist()) <= {0.0, 1.0}
 
 
@@ -411,7 +412,8 @@ def test_norms_have_the_momentum_of_the_recipe(scenes: Path) -> None:
 def test_clips_are_shifted_with_their_labels_where_asked(scenes: Path) -> None:
     learner, module = learner_of(scenes, TINY.replace(frame_shift=20.0, mixup_probability=0.0))
     batch = first_batch(module)
-    mel, strong, weak = learner._augmented(batch, np.random.default_rng(0))
+    changed = learner._augmented(batch, np.random.default_rng(0))
+    mel, strong, weak = changed.mel, changed.strong, changed.weak
     assert not torch.equal(mel, batch.mel)
     assert not torch.equal(strong, batch.strong)
     assert torch.equal(weak, batch.weak)

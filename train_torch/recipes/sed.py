@@ -58,6 +58,9 @@ class SedRecipe(Declaration):
         mixup_probability: share of steps in which the clips of each group, unlabelled ones aside, are mixed.
         mixup_alpha: of the Beta distribution the weight is drawn from, once per group.
         mixup: labels of a mix: ``soft``, weighted like the clips; ``hard``, all there are.
+        mixup_embeddings: what becomes of the embeddings of mixed clips: ``none``, they stay those of the one clip
+            (2023); ``second``, they are mixed by a draw of their own, by which the labels are mixed again (2024);
+            ``same``, they are mixed like the features.
         frame_shift: deviation, in frames of features, of a circular shift in time of clips and labels; 0 for none. In
             the published code, and used by none of its recipes.
         aliases: label -> another that its events count for as well (2024: people talking -> Speech).
@@ -100,6 +103,7 @@ class SedRecipe(Declaration):
     mixup_probability: float = Field(default=0.5, ge=0, le=1)
     mixup_alpha: float = Field(default=0.2, gt=0)
     mixup: Literal["soft", "hard"] = "soft"
+    mixup_embeddings: Literal["none", "second", "same"] = "none"
     frame_shift: float = Field(default=0.0, ge=0)
     aliases: dict[str, str] = Field(default_factory=dict)
     validate_every: int = Field(default=1, ge=1)
