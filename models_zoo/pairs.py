@@ -86,8 +86,9 @@ def write_pairs(
     a missing validation split is carved from ``train``.
 
     Args:
-        folder: made if missing; ``audio/*`` (copies of the recordings), ``images/*`` and ``metadata.csv`` (file, label,
-            image, split, source, and speaker, fold, recording where they are known).
+        folder: made if missing; ``audio/`` (copies of the recordings) and ``images/``, both in folders of a hundred
+            pairs, and ``metadata.csv`` (file, label, image, split, source, and speaker, fold, recording where they are
+            known).
         data: folder or table of recordings with one label each, see :func:`models_zoo.dataset.read_dataset`; None for
             a thousand of the built-in sounds, 1 s long.
         seed: of everything random.
@@ -150,7 +151,7 @@ def _write(
             alike = grid.sounding_like(label)
             label = alike[int(rng.integers(len(alike)))]
         glyph = grid.row(label) if ambiguous else dataset.labels.index(label)
-        sound = f"audio/{index:05d}{record.file.suffix.lower()}"
+        sound = f"audio/{_place(index)}{record.file.suffix.lower()}"
         with replacing(folder / sound, force=force) as partial:
             shutil.copyfile(record.file, partial)
         pictures = render_frames(glyph, frames, size, rng)
@@ -164,13 +165,18 @@ def _write(
     return table
 
 
+def _place(index: int) -> str:
+    """Return folder and stem of a pair's files: a hundred pairs to a folder, since every write looks round in it."""
+    return f"{index // 100:03d}/{index:05d}"
+
+
 def _write_pictures(
     folder: Path, index: int, pictures: Sequence[Image.Image], picture_format: str, force: bool
 ) -> list[str]:
     names = []
     for frame, picture in enumerate(pictures):
         ending = {"jpeg": "jpg", "png": "png"}[picture_format]
-        name = f"images/{index:05d}{f'_{frame}' if len(pictures) > 1 else ''}.{ending}"
+        name = f"images/{_place(index)}{f'_{frame}' if len(pictures) > 1 else ''}.{ending}"
         with replacing(folder / name, force=force) as partial:
             picture.save(partial, format=picture_format.upper(), quality=90)  # quality: of JPEG alone
         names.append(name)

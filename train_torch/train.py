@@ -35,13 +35,14 @@ from models_zoo.images import ImageSpec
 from models_zoo.presets import get_frontend
 from models_zoo.specs import FrontendSpec
 from train_torch.audiovisual import Pretraining
-from train_torch.checkpoint import load_checkpoint, save_checkpoint
+from train_torch.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train_torch.classifier import Classifier, selected_by
 from train_torch.data import ClipData, ClipDataModule, count_table, split_dataset
 from train_torch.distill import LiveTeacher, StoredTeacher, Teacher, named, read_logits
 from train_torch.evaluation import Device, Evaluation, accelerator_of, score_clips
 from train_torch.models import Model, create_model, new_card
 from train_torch.models.cavmae_blocks import Towers
+from train_torch.models.cavmae_pretrain import CAVMAE
 from train_torch.models.ensemble import load_ensemble
 from train_torch.optim import check_temperature, freeze
 from train_torch.plots import plot_confusion, plot_learning_curves
@@ -59,7 +60,7 @@ from train_torch.run_folder import (
     prepare_run_folder,
     split_hash_of,
 )
-from train_torch.transfer import fine_tuned_towers, is_towers, is_transfer, transferred
+from train_torch.transfer import fine_tuned_towers, is_towers, is_transfer, take_towers, transferred
 from train_torch.weight_mean import EpochMean
 
 __all__ = ["fit"]
@@ -70,7 +71,7 @@ OWN_FILES = (
     "recipe.json", "split.csv", "metrics.csv", STATE, "model.safetensors", "best.safetensors", "last.safetensors",
     REPORT, "learning_curves.png", "confusion_validation.png", "confusion_test.png",
 )  # fmt: skip
-"""What a finished run leaves in its folder."""
+"""What a finished run leaves in its folder; ``best.safetensors`` only where weights are averaged over epochs."""
 
 
 def fit(
@@ -288,34 +289,12 @@ def _start(
 ) -> tuple[nn.Module, ModelCard]:
     """Return the model to train and its card: freshly initialised, or from a checkpoint."""
     if init is None:
-        spec = get_frontend(recipe.frontend)
-        if recipe.n_mels is not None:
-            spec = spec.replace(mel=spec.mel.replace(n_mels=recipe.n_mels))
-        policy = LengthPolicy(
-            min=None if recipe.min_seconds is None else round(recipe.min_seconds * spec.sample_rate),
-            short=recipe.short,
-        )
-        fixed: dict[str, Any] = {"n_mels": spec.mel.n_mels}
-        if recipe.task != "embedding":
-            fixed["num_classes"] = len(dataset.labels)
-        model = create_model(recipe.model, **{**recipe.model_options, **fixed})
-        sources = {part.source for part in cast(Model, model).inputs}
-        looks_alone = sources == {"image"}
-        card = new_card(
-            name,
-            recipe.model,
-            model=model,
-            frontend=None if looks_alone else _as_long_as(spec, cast(Model, model)),
-            image=ImageSpec(size=model.declared.image_size)
-            if isinstance(model, Towers) and "image" in sources
-            else None,
-            task=recipe.task,
-            labels=None if recipe.task == "embedding" else dataset.labels,
-            **({} if looks_alone else {"length_policy": policy}),
-        )
-        return model, card
+        return _fresh(recipe, dataset, name)
     if recipe.task == "embedding":
         loaded = load_checkpoint(init, init_card, checkpoints=checkpoints)
+        if not isinstance(loaded.model, CAVMAE):
+            model, card = _fresh(recipe, dataset, name)
+            loaded = Checkpoint(model, card, take_towers(model, loaded), loaded.sha256)
     elif is_towers(recipe.model):
         loaded = fine_tuned_towers(
             recipe.model,
@@ -350,7 +329,35 @@ def _start(
     return loaded.model, card
 
 
-def _as_long_as(spec: FrontendSpec, model: Model) -> FrontendSpec:
+def _fresh(recipe: Recipe, dataset: Dataset, name: str) -> tuple[nn.Module, ModelCard]:
+    """Return the recipe's model, freshly initialised, and its card."""
+    spec = get_frontend(recipe.frontend)
+    if recipe.n_mels is not None:
+        spec = spec.replace(mel=spec.mel.replace(n_mels=recipe.n_mels))
+    policy = LengthPolicy(
+        min=None if recipe.min_seconds is None else round(recipe.min_seconds * spec.sample_rate), short=recipe.short
+    )
+    fixed: dict[str, Any] = {"n_mels": spec.mel.n_mels}
+    if recipe.task != "embedding":
+        fixed["num_classes"] = len(dataset.labels)
+    model = create_model(recipe.model, **{**recipe.model_options, **fixed})
+    sources = {part.source for part in cast(Model, model).inputs}
+    hears = sources != {"image"}
+    looks = isinstance(model, Towers) and "image" in sources
+    card = new_card(
+        name,
+        recipe.model,
+        model=model,
+        frontend=_as_long_as(spec, model) if hears else None,
+        image=ImageSpec(size=cast(Towers, model).declared.image_size) if looks else None,
+        task=recipe.task,
+        labels=None if recipe.task == "embedding" else dataset.labels,
+        **({"length_policy": policy} if hears else {}),
+    )
+    return model, card
+
+
+def _as_long_as(spec: FrontendSpec, model: nn.Module) -> FrontendSpec:
     """Return ``spec`` with as many frames as a CAV-MAE has places for, or with those of the clip where any will do."""
     if not isinstance(model, Towers) or spec.frames is None:
         return spec

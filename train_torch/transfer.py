@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from models_zoo.errors import CheckpointError
 from train_torch.checkpoint import Checkpoint, load_checkpoint
 from train_torch.models import create_model, new_card
@@ -16,7 +18,7 @@ from train_torch.models.cavmae import CAVMAEFT
 from train_torch.models.cavmae_blocks import TowerOptions, Towers
 from train_torch.models.panns_cnn import Cnn14, TransferCnn14, TransferOptions
 
-__all__ = ["fine_tuned_towers", "is_towers", "is_transfer", "transferred"]
+__all__ = ["fine_tuned_towers", "is_towers", "is_transfer", "take_towers", "transferred"]
 
 _TRANSFER = "transfer_cnn14"
 
@@ -144,3 +146,37 @@ def fine_tuned_towers(
         **({"length_policy": loaded.card.length_policy} if "frontend" in needed else {}),
     )
     return Checkpoint(model.eval(), described, replaced, loaded.sha256)
+
+
+def take_towers(model: nn.Module, loaded: Checkpoint) -> tuple[str, ...]:
+    """Give a CAV-MAE to be pre-trained the towers of a classifier; return the entries that keep their own values.
+
+    As published ones begin with a network of pictures: one that was trained on pictures alone leaves sound's own blocks
+    as fresh as they were.
+
+    Args:
+        model: a network to be pre-trained.
+        loaded: a ``cavmaeft`` of the same widths and depths.
+
+    Raises:
+        CheckpointError: another network, or towers of other shapes.
+    """
+    expected, given = model.state_dict(), loaded.model.state_dict()
+    if not isinstance(loaded.model, CAVMAEFT):
+        raise CheckpointError(
+            f"{loaded.card.name!r} is a {loaded.card.architecture!r}; pre-training begins with a 'cavmae', or with the "
+            "towers of a 'cavmaeft'"
+        )
+    shared = {key: value for key, value in given.items() if key in expected}
+    misfits = [key for key, value in shared.items() if value.shape != expected[key].shape]
+    missing = [key for key in given if key not in expected and not key.startswith(loaded.model.head_prefix)]
+    if misfits or missing:
+        first = (misfits + missing)[0]
+        raise CheckpointError(
+            f"{loaded.card.name!r} does not fit: {first} is {list(given[first].shape)}, the model has "
+            f"{list(expected[first].shape) if first in expected else 'nothing'}; give both the same widths and depths"
+        )
+    silent = "blocks_a." if loaded.model.declared.mode == "videoonly" else None
+    taken = {key: value for key, value in shared.items() if silent is None or not key.startswith(silent)}
+    model.load_state_dict({**expected, **taken}, strict=True)
+    return tuple(key for key in expected if key not in taken)

@@ -136,12 +136,12 @@ def test_clips_without_pictures_are_refused_by_name(sounds, pairs, tmp_path):
     dataset = read_dataset(sounds).by_file()
     assert ClipData(dataset, network(mode="audioonly")[1], TUNE).card.image is None
     (tmp_path / "data").mkdir()
-    table = (pairs / "metadata.csv").read_text().replace("images/", f"{'images'}/")
+    table = (pairs / "metadata.csv").read_text()
     for name in ("audio", "images"):
         (tmp_path / "data" / name).symlink_to(pairs / name)
     broken = tmp_path / "data" / "broken.jpg"
     broken.write_bytes(b"no picture")
-    (tmp_path / "data" / "metadata.csv").write_text(table.replace("images/00003_1.jpg", "broken.jpg"))
+    (tmp_path / "data" / "metadata.csv").write_text(table.replace("images/000/00003_1.jpg", "broken.jpg"))
     with pytest.raises(ImageDecodeError, match=r"broken\.jpg"):
         fit(tmp_path / "data", tmp_path / "run", TUNE, progress=False)
 
@@ -474,3 +474,28 @@ def test_published_recipes_have_the_published_numbers():
         assert (settings.features_noise, settings.features_roll) == (0.1, True)
         assert recipe.fine_tuning
         assert recipe.frames == "all"
+
+
+def test_pretraining_may_begin_with_a_tower_of_pictures(pairs, tmp_path):
+    model, card = network(mode="videoonly")
+    save_checkpoint(tmp_path / "seen.safetensors", model, card)
+    begun = []
+
+    class Stop(Exception):
+        pass
+
+    def noted(learner):
+        begun.append({key: value.clone() for key, value in learner.model.state_dict().items()})
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pretraining, "on_fit_start", noted, raising=False)
+        with pytest.raises(Stop):
+            fit(pairs, tmp_path / "run", PRE, init=tmp_path / "seen.safetensors", progress=False)
+    for key, value in model.state_dict().items():
+        if key in begun[0]:
+            assert torch.equal(value, begun[0][key]) != key.startswith("blocks_a.") or value.std() == 0, key
+    wide, described = network(mode="videoonly", embed_dim=16)
+    save_checkpoint(tmp_path / "wide.safetensors", wide, described)
+    with pytest.raises(CheckpointError, match="give both the same widths"):
+        fit(pairs, tmp_path / "other", PRE, init=tmp_path / "wide.safetensors", progress=False)
