@@ -20,6 +20,9 @@ __all__ = ["TFFrontend"]
 
 tf = load_tensorflow()  # imported without its notices on standard error
 
+_BLOCK = 1 << 19
+"""Samples transformed at a time: of few, loops cost more than the spectra of many do that leave a core's cache."""
+
 
 @tf.keras.utils.register_keras_serializable(package="crossfade")
 class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
@@ -125,9 +128,10 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
             self.spec.num_frames(int(shape[1]))
 
     def _features(self, waveform: Any) -> Any:
-        return deque(self._walk(waveform), maxlen=1).pop()[1]
+        return deque(self._walk(waveform, in_blocks=True), maxlen=1).pop()[1]
 
-    def _walk(self, waveform: Any) -> Iterator[tuple[str, Any]]:
+    def _walk(self, waveform: Any, *, in_blocks: bool = False) -> Iterator[tuple[str, Any]]:
+        """Yield every stage by name; ``in_blocks`` without those between "padded" and "mel", which need less memory."""
         spec, framing, tables = self.spec, self.spec.framing, self._tables
         x = waveform
         # Reached only where the length is not known in Python, e.g. in a loaded SavedModel.
@@ -141,11 +145,9 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
             x = tf.pad(x, [[0, 0], [0, spec.samples - tf.shape(x)[1]]])
         yield "samples", x  # (batch, num_samples)
 
-        edge = spec.preemphasis.edge if spec.preemphasis else None
-        coefficient = spec.preemphasis.coefficient if spec.preemphasis else 0.0
-        if edge in ("signal_drop", "signal_keep"):
-            filtered = x[:, 1:] - coefficient * x[:, :-1]
-            x = filtered if edge == "signal_drop" else tf.concat([x[:, :1], filtered], axis=1)
+        if spec.preemphasis is not None and spec.preemphasis.edge in ("signal_drop", "signal_keep"):
+            filtered = x[:, 1:] - spec.preemphasis.coefficient * x[:, :-1]
+            x = filtered if spec.preemphasis.edge == "signal_drop" else tf.concat([x[:, :1], filtered], axis=1)
         yield "preemphasis", x
 
         if framing.lead:
@@ -155,30 +157,19 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
             x = tf.pad(x, [[0, 0], [spec.edge_padding, spec.edge_padding]], mode)
         yield "padded", x
 
-        slack = tf.shape(x)[1] - spec.span
-        frames = [
-            tf.signal.frame(x[:, offset : slack + offset + window.size], window.size, framing.hop_length)
-            for window, offset in zip(tables.windows, tables.offsets, strict=True)
-        ]
-        if framing.remove_dc:
-            frames = [frame - tf.reduce_mean(frame, axis=-1, keepdims=True) for frame in frames]
-        if edge == "frame":
-            frames = [frame - coefficient * tf.concat([frame[..., :1], frame[..., :-1]], axis=-1) for frame in frames]
-        yield "frames", tuple(frames)  # each (batch, T, win_length)
+        if in_blocks:
+            mel = self._mel_in_blocks(x)
+        else:
+            frames = self._frames(x)
+            yield "frames", tuple(frames)  # each (batch, T, win_length)
 
-        frames = [frame * window for frame, window in zip(frames, tables.windows, strict=True)]
-        yield "windowed", tuple(frames)
+            frames = self._windowed(frames)
+            yield "windowed", tuple(frames)
 
-        spectra = []
-        for frame in frames:
-            bins = tf.signal.rfft(frame, [framing.n_fft])
-            power = tf.square(tf.math.real(bins)) + tf.square(tf.math.imag(bins))
-            spectra.append(power if spec.power == 2 else tf.sqrt(power))
-        yield "spectrum", tf.stack([spectrum[..., tables.bins] for spectrum in spectra], axis=1)  # (..., T, bins)
+            spectra = self._spectra(frames)
+            yield "spectrum", tf.stack([spectrum[..., tables.bins] for spectrum in spectra], axis=1)  # (..., T, bins)
 
-        # Of each window by itself: spectra are large, and stacking them, or cutting unused bins off, moves them once
-        # more. The stage above is only put together where somebody reads it.
-        mel = tf.stack([self._mel(spectrum) for spectrum in spectra], axis=1)
+            mel = self._mel(spectra)
         if framing.drop_first or framing.drop_last:
             mel = mel[:, :, framing.drop_first : tf.shape(mel)[2] - framing.drop_last]
         yield "mel", mel  # (batch, windows, T, n_mels)
@@ -214,14 +205,66 @@ class TFFrontend(tf.keras.layers.Layer):  # type: ignore[misc, name-defined]
 
         yield "features", self._arrange(y)
 
-    def _mel(self, spectrum: Any) -> Any:
-        """Return ``(batch, T, n_mels)`` of one window's ``(batch, T, n_fft / 2 + 1)``."""
-        first = self._tables.bins.start
-        parts = [
-            tf.tensordot(spectrum[..., first + bins.start : first + bins.stop], block, 1)
-            for bins, block in self._mel_blocks
+    def _frames(self, x: Any) -> list[Any]:
+        """Return ``(batch, T, win_length)`` of each window, cut from a padded signal."""
+        spec, tables = self.spec, self._tables
+        slack = tf.shape(x)[1] - spec.span
+        frames = [
+            tf.signal.frame(x[:, offset : slack + offset + window.size], window.size, spec.framing.hop_length)
+            for window, offset in zip(tables.windows, tables.offsets, strict=True)
         ]
-        return tf.concat(parts, axis=-1)
+        if spec.framing.remove_dc:
+            frames = [frame - tf.reduce_mean(frame, axis=-1, keepdims=True) for frame in frames]
+        if spec.preemphasis is not None and spec.preemphasis.edge == "frame":
+            coefficient = spec.preemphasis.coefficient
+            frames = [frame - coefficient * tf.concat([frame[..., :1], frame[..., :-1]], axis=-1) for frame in frames]
+        return frames
+
+    def _windowed(self, frames: list[Any]) -> list[Any]:
+        return [frame * window for frame, window in zip(frames, self._tables.windows, strict=True)]
+
+    def _spectra(self, frames: list[Any]) -> list[Any]:
+        """Return ``(batch, T, n_fft / 2 + 1)`` of each window's frames."""
+        spectra = []
+        for frame in frames:
+            bins = tf.signal.rfft(frame, [self.spec.framing.n_fft])
+            power = tf.square(tf.math.real(bins)) + tf.square(tf.math.imag(bins))
+            spectra.append(power if self.spec.power == 2 else tf.sqrt(power))
+        return spectra
+
+    def _mel(self, spectra: list[Any]) -> Any:
+        """Return ``(batch, windows, T, n_mels)`` of each window's spectra.
+
+        Of each by itself: they are large, and stacking them, or cutting unused bins off, moves them once more.
+        """
+        first = self._tables.bins.start
+        mels = []
+        for spectrum in spectra:
+            parts = [
+                tf.tensordot(spectrum[..., first + bins.start : first + bins.stop], block, 1)
+                for bins, block in self._mel_blocks
+            ]
+            mels.append(tf.concat(parts, axis=-1))
+        return tf.stack(mels, axis=1)
+
+    def _mel_in_blocks(self, x: Any) -> Any:
+        """Return ``(batch, windows, T, n_mels)`` of a padded signal, a block of frames after the other."""
+        hop, span = self.spec.framing.hop_length, self.spec.span
+        # Of all clips of a batch together.
+        size = tf.maximum(_BLOCK // (self.spec.framing.n_fft * tf.maximum(tf.shape(x)[0], 1)), 1)
+        count = (tf.shape(x)[1] - span) // hop + 1
+
+        def block(number: Any, blocks: Any) -> tuple[Any, Any]:
+            first = number * size
+            last = tf.minimum(first + size, count) - 1
+            mel = self._mel(self._spectra(self._windowed(self._frames(x[:, first * hop : last * hop + span]))))
+            return number + 1, blocks.write(number, tf.transpose(mel, [2, 0, 1, 3]))
+
+        numbers = (count + size - 1) // size
+        shape = [None, None, len(self.spec.windows), self.spec.mel.n_mels]
+        blocks = tf.TensorArray(tf.float32, numbers, infer_shape=False, element_shape=shape)
+        _, blocks = tf.while_loop(lambda number, _: number < numbers, block, [0, blocks], parallel_iterations=1)
+        return tf.transpose(blocks.concat(), [1, 2, 0, 3])
 
     def _arrange(self, y: Any) -> Any:
         """Return ``(batch, windows, T, n_mels)`` cut into patches and in the layout's order."""

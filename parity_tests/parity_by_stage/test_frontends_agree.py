@@ -263,6 +263,33 @@ def test_a_batch_never_changes_a_feature() -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["mrms", "cav_mae", "efficientat", "nemo"])
+def test_blocks_of_frames_change_no_feature(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Long clips are computed a block of frames after the other, their stages as a whole."""
+    spec, frames, heights = get_frontend(name), 8, []
+    monkeypatch.setattr("infer_tf.frontend._BLOCK", frames * spec.framing.n_fft)
+    computed = TFFrontend._spectra
+
+    def seen(frame: NDArray[np.float32]) -> NDArray[np.float32]:
+        heights.append(frame.shape[1])
+        return frame
+
+    def recorded(self: TFFrontend, cut: list[tf.Tensor]) -> list[tf.Tensor]:
+        return computed(self, [tf.ensure_shape(tf.numpy_function(seen, [one], tf.float32), one.shape) for one in cut])
+
+    monkeypatch.setattr(TFFrontend, "_spectra", recorded)
+    production = TFFrontend(spec)
+    for batch in (1, 2):
+        for count in (frames - 1, frames, frames + 1, 3 * frames + 2):
+            num_samples = max(spec.min_samples, (count - 1) * spec.framing.hop_length + spec.span)
+            waveform = np.random.default_rng(count).normal(0, 0.1, (batch, num_samples)).astype(np.float32)
+            heights.clear()
+            features = production.features(waveform)
+            assert max(heights) <= frames // batch, "a batch takes as much memory as a clip"
+            assert sum(heights) >= len(spec.windows) * (count - 2)
+            np.testing.assert_allclose(features, production.stages(waveform)["features"], rtol=0, atol=1e-6)
+
+
 def test_saved_model_needs_tensorflow_alone(tmp_path: Path) -> None:
     spec = get_frontend("cav_mae")
     frontend = TFFrontend(spec)
