@@ -36,6 +36,7 @@ __all__ = [
     "Request",
     "Summary",
     "find_events",
+    "hearing_all",
     "is_collection",
     "is_picture",
     "is_video",
@@ -169,6 +170,33 @@ def scores_of(classifier: TFAudioClassifier, source: Any, request: Request) -> I
         yield answer if request.embedding else replace(answer, embedding=None)
 
 
+def hearing_all(classifier: TFAudioClassifier, source: Any, request: Request) -> Request:
+    """Return ``request`` with windows where a detector would hear the beginning of a recording alone, and say so.
+
+    Cards that crop long clips do so because training did; whoever looks for events wants those of the whole recording.
+
+    Args:
+        classifier: any model; the request of one that is not for event detection stays as it is.
+        source: a recording; windows are chosen where it is a path that states a length.
+        request: with or without windows.
+    """
+    policy = classifier.card.length_policy
+    crops = classifier.card.task == "event_detection" and policy.long == "crop" and policy.max is not None
+    if request.window is not None or not crops or not isinstance(source, (str, Path)) or source == "-":
+        return request
+    if is_video(source) or is_picture(source):
+        return request
+    duration, longest = probe_audio(source).duration, (policy.max or 0) / classifier.sample_rate
+    if duration is None or duration <= longest:
+        return request
+    tqdm.write(
+        f"note: {source} has {duration:.1f} s, and {classifier.card.name} hears {longest:g} s at once: scored as with "
+        f"--window {longest:g}",
+        file=sys.stderr,
+    )
+    return replace(request, window=longest)
+
+
 def _hop(request: Request) -> float:
     assert request.window is not None
     return request.window / 2 if request.hop is None else request.hop
@@ -221,8 +249,9 @@ def find_events(
     for recording in tqdm(recordings, unit="file", file=sys.stderr, disable=True if single else None):
         name = os.fspath(recording)
         try:
-            answers = scores_of(classifier, recording, request)
-            if single and request.window is not None:
+            chosen = hearing_all(classifier, recording, request)
+            answers = scores_of(classifier, recording, chosen)
+            if single and chosen.window is not None:
                 answers = with_progress(answers, recording)
             found[name] = tuple(event for answer in answers for event in answer.events or ())
         except _CLIP_ERRORS as error:

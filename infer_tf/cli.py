@@ -404,7 +404,7 @@ def _source(name: str) -> Any:
 
 
 def _plot(arguments: argparse.Namespace, classifier: TFAudioClassifier, request: Request) -> None:
-    from infer_tf.batch import is_picture, is_video, scores_of
+    from infer_tf.batch import hearing_all, is_picture, is_video, scores_of
     from infer_tf.plot import plot_prediction
     from models_zoo.audio import load_audio
     from models_zoo.decoding import legal_segments
@@ -425,6 +425,7 @@ def _plot(arguments: argparse.Namespace, classifier: TFAudioClassifier, request:
             picture = read_video_frames(name, chosen_frames(request.frames)[:1])[0]
         elif request.image is not None or is_picture(name):
             picture = read_image(request.image or name)
+    request = hearing_all(classifier, name, request)
     predictions = list(scores_of(classifier, source, request))
     for prediction in predictions:
         _print_prediction(arguments, name, prediction, request)
@@ -447,8 +448,9 @@ def _plot(arguments: argparse.Namespace, classifier: TFAudioClassifier, request:
 def _print_scores(
     arguments: argparse.Namespace, classifier: TFAudioClassifier, source: Any, name: str, request: Request
 ) -> None:
-    from infer_tf.batch import scores_of, with_progress
+    from infer_tf.batch import hearing_all, scores_of, with_progress
 
+    request = hearing_all(classifier, source, request)
     answers = scores_of(classifier, source, request)
     if request.window is not None and classifier.card.task == "event_detection":
         answers = with_progress(answers, source)

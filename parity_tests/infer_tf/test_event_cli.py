@@ -72,6 +72,26 @@ def test_windows_print_the_events_of_the_recording(run, folder, classifier):
     assert said == [vars(event) for event in found]
 
 
+def test_a_model_that_crops_hears_a_long_recording_in_windows(run, folder, tmp_path):
+    model = write_events(tmp_path / "m.onnx", event_card(length_policy={"max": 4 * RATE, "long": "crop"}))
+    with TFAudioClassifier(model, threads=1) as classifier:
+        found = list(classifier.detect(folder / "b.wav", 4.0, 2.0))
+        assert max(event.offset for event in found) > 4
+        short = classifier.predict(folder / "a.wav").events
+    result = run("predict", model, folder / "a.wav", folder / "b.wav")
+    note = (
+        f"note: {folder / 'b.wav'} has 13.0 s, and {classifier.card.name} hears 4 s at once: scored as with --window 4"
+    )
+    assert result.err.splitlines() == [note]
+    assert listed(result.out) == times([*short, *found])
+    written = run("predict", model, folder / "a.wav", folder / "b.wav", "-o", tmp_path / "events.tsv")
+    assert note in written.err
+    rows = read_events(tmp_path / "events.tsv")
+    assert [len(events) for events in rows.values()] == [len(short), len(found)]
+    plotted = run("predict", model, folder / "b.wav", "--plot", tmp_path / "b.png")
+    assert listed(plotted.out) == times(found)
+
+
 @pytest.mark.parametrize("windows", [(), ("--window", "4", "--hop", "2")])
 def test_events_are_written_to_files(run, folder, classifier, tmp_path, windows):
     model, recordings = folder / "model.onnx", [folder / "a.wav", folder / "b.wav"]
