@@ -293,7 +293,7 @@ def _start(
     if recipe.task == "embedding":
         loaded = load_checkpoint(init, init_card, checkpoints=checkpoints)
         if not isinstance(loaded.model, CAVMAE):
-            model, card = _fresh(recipe, dataset, name)
+            model, card = _fresh(recipe, dataset, loaded.card.name)
             loaded = Checkpoint(model, card, take_towers(model, loaded), loaded.sha256)
     elif is_towers(recipe.model):
         loaded = fine_tuned_towers(
@@ -311,7 +311,9 @@ def _start(
         loaded = load_checkpoint(init, init_card, labels=dataset.labels, checkpoints=checkpoints)
     if loaded.card.frontend is None and loaded.card.image is None:
         raise CheckpointError(f"{init}: card {loaded.card.name!r} has no front end, so it cannot train on waveforms")
-    replaced = ", ".join(loaded.replaced) or "nothing"
+    replaced = ", ".join(loaded.replaced[:8]) or "nothing"
+    if len(loaded.replaced) > 8:
+        replaced += f" and {len(loaded.replaced) - 8} more"
     _log.info("starting from %s (%s); replaced: %s", loaded.card.name, Path(init).name, replaced)
     origin = {"name": loaded.card.name, "sha256": loaded.sha256, "replaced": list(loaded.replaced)}
     policy = loaded.card.length_policy
