@@ -21,12 +21,14 @@ from models_zoo.audio import load_audio
 from models_zoo.cards import ModelCard
 from models_zoo.dataset import Dataset, Record, read_dataset
 from models_zoo.decoding import decode, legal_segments
-from models_zoo.errors import AudioClassifierError, CardError
+from models_zoo.errors import AudioClassifierError, CardError, DataError
 from models_zoo.events import EventOptions, FrameGrid, filter_scores
 from models_zoo.filterbanks import analysis_tables
+from models_zoo.images import ImageSource, load_image
 from models_zoo.metrics import kl_divergence
 from models_zoo.prediction import Event, Prediction
 from models_zoo.reference import ReferenceFrontend
+from models_zoo.retrieval import cosine_similarity
 from models_zoo.sed_metrics import Answer, SceneScores
 from models_zoo.specs import STAGES, FrontendSpec
 from parity_tests import tolerances
@@ -36,9 +38,10 @@ from train_torch.checkpoint import load_checkpoint
 from train_torch.frontend import TorchFrontend, network_inputs
 from train_torch.models.ensemble import combine
 
-__all__ = ["ParityReport", "StageReport", "TorchPath", "compare_stages", "run_parity"]
+__all__ = ["ParityReport", "StageReport", "TorchPath", "compare_nearest", "compare_stages", "run_parity"]
 
 _Array = NDArray[np.floating[Any]]
+_Embeddings = dict[str, NDArray[np.float32]]
 
 SIGNAL_STAGES = ("samples", "preemphasis", "padded", "frames", "windowed")
 POWER_STAGES = ("spectrum", "mel")
@@ -157,24 +160,37 @@ class TorchPath:
             model, self.card = loaded.model, loaded.card
         else:
             model, self.card = combine(checkpoint)
-        self.spec = _frontend_of(self.card)
+        self.spec = self.card.frontend
         self.model = model.eval()
-        self.frontend = TorchFrontend(self.spec).eval()
+        self.frontend = None if self.spec is None else TorchFrontend(self.spec).eval()
 
-    def outputs(self, waveform: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """Return the module's outputs by name for the legal segments of ``(num_samples,)``."""
+    def outputs(
+        self, waveform: NDArray[np.float32] | None, image: ImageSource | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return the module's outputs by name for the legal segments of ``(num_samples,)`` and, or, a picture."""
         with torch.no_grad():
-            segments = torch.from_numpy(legal_segments(waveform, self.card))
-            fed = network_inputs(self.card.inputs, self.frontend, segments)
+            heard = np.zeros((1, 0), np.float32) if waveform is None else legal_segments(waveform, self.card)
+            seen = None
+            if image is not None and self.card.image is not None:
+                seen = torch.from_numpy(load_image(image, self.card.image)).repeat(len(heard), 1, 1, 1)
+            fed = network_inputs(self.card.inputs, self.frontend, torch.from_numpy(heard), image=seen)
             return {name: value.numpy() for name, value in self.model(**fed).items()}
 
-    def predict(self, waveform: NDArray[np.float32]) -> Prediction:
-        """Return the answer for ``(num_samples,)`` float32."""
+    def embeddings(
+        self, waveform: NDArray[np.float32] | None, image: ImageSource | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return every embedding by the name of its output, ``(size,)`` each."""
+        outputs = self.outputs(waveform, image)
+        return {part.name: outputs[part.name].mean(axis=0) for part in self.card.outputs if part.role == "embedding"}
+
+    def predict(self, waveform: NDArray[np.float32] | None, image: ImageSource | None = None) -> Prediction:
+        """Return the answer for ``(num_samples,)`` float32 and, or, a picture."""
         events = EventOptions() if self.card.task == "event_detection" else None
-        heard = len(waveform)
+        heard = 0 if waveform is None else len(waveform)
         if self.card.length_policy.long == "crop":
             heard = min(heard, self.card.length_policy.max or heard)
-        return decode(self.card, self.outputs(waveform), end=heard / self.spec.sample_rate, events=events)
+        rate = 1 if self.spec is None else self.spec.sample_rate
+        return decode(self.card, self.outputs(waveform, image), end=heard / rate, events=events)
 
 
 def _frontend_of(card: ModelCard) -> FrontendSpec:
@@ -296,6 +312,9 @@ def run_parity(
 ) -> ParityReport:
     """Return how far production departs from research on a folder of recordings, from the file to the decision.
 
+    A model that looks at pictures is given those of the column ``image``, of several the middle one. Of a model that
+    embeds, the embeddings are compared, and the lists of the ten nearest.
+
     Args:
         onnx: exported model, or the name of a shipped one; or several, which answer together.
         checkpoint: the ``.safetensors`` it came from; or several, the mean of whose probabilities is compared.
@@ -322,27 +341,42 @@ def _run(
 ) -> ParityReport:
     """Compare the files of ``records``, of which ``dataset`` knows all stretches."""
     after = ("events", "measures") if research.card.task == "event_detection" else ()
-    reports = {name: StageReport(name) for name in ("decode", *STAGES, "logits", "probabilities", "decisions", *after)}
-    limit = tolerances.paths_limit(research.spec)
+    scored = ("logits", "probabilities", "decisions")
+    if research.card.task == "embedding":
+        scored, after = (), ("embeddings", "retrieval")
+    hears = () if research.spec is None else ("decode", *STAGES)
+    looks = () if research.card.image is None else ("picture",)
+    reports = {name: StageReport(name) for name in (*hears, *looks, *scored, *after)}
     rows: list[tuple[str, Prediction, Prediction, Record]] = []
+    embedded: list[tuple[str, _Embeddings, _Embeddings]] = []
     unreadable = []
     for record in tqdm(records, desc="parity", unit="clip", disable=not progress):
         clip = str(record.file)
         try:
-            waveform = load_audio(record.file, research.spec)
-            torch_says = research.predict(waveform)
+            waveform = None if research.spec is None else load_audio(record.file, research.spec)
+            if looks and record.image is None:
+                raise DataError("has no picture; name it in the column 'image'")
+            image = record.image if looks else None
+            if scored:
+                torch_says = research.predict(waveform, image)
+            else:
+                torch_embeds = research.embeddings(waveform, image)
         except AudioClassifierError as error:
             unreadable.append((clip, str(error)))
             continue
         try:
-            for name, ratio, detail in _seams(research, production, record.file, waveform, limit):
+            for name, ratio, detail in _seams(research, production, record, waveform):
                 reports[name].add(clip, ratio, detail)
-            tf_says = production.predict(record.file)
+            if scored:
+                tf_says = production.predict(record.file if hears else None, image=image)
+                rows.append((clip, torch_says, tf_says, record))
+            else:
+                embedded.append((clip, torch_embeds, _served_embeddings(production, record)))
         except AudioClassifierError as error:
-            reports["decode"].add(clip, np.inf, f"production refuses it: {error}")
-            continue
-        rows.append((clip, torch_says, tf_says, record))
+            next(iter(reports.values())).add(clip, np.inf, f"production refuses it: {error}")
     changed = _score(rows, research.card, reports)
+    if embedded:
+        _score_embeddings(embedded, reports)
     detection = _detection(rows, research.card, dataset)
     for name, (ours, theirs) in (detection or {}).items():
         apart = 0.0 if math.isnan(ours) and math.isnan(theirs) else abs(ours - theirs)
@@ -350,7 +384,7 @@ def _run(
     distributed = research.card.task == "label_distribution"
     return ParityReport(
         list(reports.values()),
-        len(rows),
+        len(rows) + len(embedded),
         changed,
         None if distributed else _accuracy(rows, research.card),
         unreadable,
@@ -360,22 +394,84 @@ def _run(
 
 
 def _seams(
-    research: TorchPath, production: TFAudioClassifier, file: Path, waveform: NDArray[np.float32], limit: FeatureLimit
+    research: TorchPath, production: TFAudioClassifier, record: Record, waveform: NDArray[np.float32] | None
 ) -> Iterator[tuple[str, float, str]]:
     """Yield (stage, difference / limit, detail) of one recording for every seam before the network."""
-    theirs = _frontend_of(production.card)
-    served = load_audio(file, theirs)
-    same = waveform.shape == served.shape and bool((waveform == served).all())
-    yield "decode", 0.0 if same else np.inf, "bit-equal" if same else f"{waveform.size} against {served.size} samples"
-    segments = legal_segments(waveform, research.card)
-    yield from compare_stages(
-        research.spec,
-        segments,
-        research.frontend.stages(torch.from_numpy(segments)),
-        production.frontend.stages(segments),
-        actual_spec=theirs,
-        limit=limit,
-    )
+    if waveform is not None and research.spec is not None and research.frontend is not None:
+        theirs = _frontend_of(production.card)
+        served = load_audio(record.file, theirs)
+        same = waveform.shape == served.shape and bool((waveform == served).all())
+        detail = "bit-equal" if same else f"{waveform.size} against {served.size} samples"
+        yield "decode", 0.0 if same else np.inf, detail
+        segments = legal_segments(waveform, research.card)
+        yield from compare_stages(
+            research.spec,
+            segments,
+            research.frontend.stages(torch.from_numpy(segments)),
+            production.frontend.stages(segments),
+            actual_spec=theirs,
+            limit=tolerances.paths_limit(research.spec),
+        )
+    ours, other = research.card.image, production.card.image
+    if ours is not None and record.image is not None:
+        same = other is not None and np.array_equal(load_image(record.image, ours), load_image(record.image, other))
+        yield "picture", 0.0 if same else np.inf, "bit-equal" if same else f"{ours} against {other}"
+
+
+def _served_embeddings(production: TFAudioClassifier, record: Record) -> _Embeddings:
+    """Return every embedding of production by the name of its output, each asked by itself."""
+    found = {}
+    for output in production.card.outputs:
+        if output.role != "embedding":
+            continue
+        sources = {part.source == "image" for part in production.card.inputs_of([output.name])}
+        if sources == {False}:
+            found[output.name] = production.embed_audio(record.file)
+        elif sources == {True}:
+            found[output.name] = production.embed_image(record.image)
+        else:
+            found[output.name] = production.embed(record.file, image=record.image)
+    return found
+
+
+def _score_embeddings(
+    embedded: Sequence[tuple[str, _Embeddings, _Embeddings]], reports: dict[str, StageReport]
+) -> None:
+    """Compare embeddings, and the lists of the ten nearest that they lead to."""
+    names = list(embedded[0][1])
+    sides = [
+        {name: np.stack([row[place].get(name, np.full(1, np.nan)) for row in embedded]) for name in names}
+        for place in (1, 2)
+    ]
+    for name in names:
+        for (clip, _, _), ours, theirs in zip(embedded, sides[0][name], sides[1][name], strict=True):
+            if ours.shape != theirs.shape:
+                reports["embeddings"].add(clip, np.inf, f"{name}: shape {ours.shape} against {theirs.shape}")
+                continue
+            apart = 1 - float(cosine_similarity(ours[None], theirs[None])[0, 0])
+            reports["embeddings"].add(clip, _ratio(apart, tolerances.COSINE), f"{name}: 1 - cosine {apart:.1e}")
+    if reports["embeddings"].clips:
+        return
+    pairs = [(one, other) for one in names for other in names if one != other] or [(names[0], names[0])]
+    for asked, found in pairs:
+        tables = [cosine_similarity(side[asked], side[found]) for side in sides]
+        for (clip, _, _), ours, theirs in zip(embedded, *tables, strict=True):
+            ratio, detail = compare_nearest(ours, theirs)
+            reports["retrieval"].add(clip, ratio, f"{asked} to {found}: {detail}")
+
+
+def compare_nearest(ours: _Array, theirs: _Array, k: int = 10) -> tuple[float, str]:
+    """Return (difference / limit, detail) of the lists of the ``k`` nearest that two rows of cosines lead to.
+
+    They may differ in order only where cosines are nearer to each other than twice what the rows differ by: nothing but
+    rounding then decides.
+    """
+    lists = [np.argsort(-row, kind="stable")[:k] for row in (ours, theirs)]
+    if np.array_equal(*lists):
+        return 0.0, "equal"
+    apart = float(np.abs(ours - theirs).max())
+    furthest = float(np.abs(ours[lists[0]] - ours[lists[1]]).max())
+    return furthest / (2 * apart) if apart else np.inf, f"another order, by cosines {furthest:.1e} apart"
 
 
 def _finite(value: float) -> float | None:

@@ -27,7 +27,18 @@ ARROWS = {
 
 PRODUCTION = {
     "models_zoo": {"numpy", "scipy", "soundfile", "soxr", "pydantic", "tqdm", "PIL", "av", "pandas", "sed_scores_eval"},
-    "infer_tf": {"numpy", "soundfile", "tensorflow", "onnxruntime", "onnx", "pydantic", "tqdm", "matplotlib", "faiss"},
+    "infer_tf": {
+        "numpy",
+        "soundfile",
+        "tensorflow",
+        "onnxruntime",
+        "onnx",
+        "pydantic",
+        "tqdm",
+        "matplotlib",
+        "faiss",
+        "PIL",
+    },
 }
 """Folder of the wheel -> libraries it may import; each comes with the wheel or one of its extras."""
 

@@ -206,7 +206,7 @@ LONG = "n" * 300
 BAD_COMMANDS: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "required: COMMAND"),
     "unknown command": (["predikt"], "invalid choice"),
-    "no input": (["predict", "MODEL"], "required: INPUT"),
+    "no input": (["predict", "MODEL"], "nothing to predict"),
     "unknown option": (["predict", "MODEL", "clip.wav", "--frobnicate"], "unrecognized arguments: --frobnicate"),
     "top 0": (["predict", "MODEL", "clip.wav", "--top", "0"], "at least 1"),
     "window 0": (["predict", "MODEL", "clip.wav", "--window", "0"], "more than 0"),
