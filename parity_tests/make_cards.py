@@ -45,7 +45,7 @@ def _costs_of(description: str) -> Costs:
 def completed(text: str, card: ModelCard) -> str:
     """Return the JSON ``text`` of ``card`` with its costs and its shortest clip stated, the rest as it was."""
     facts: dict[str, object] = costs_of(card)._asdict()
-    if card.length_policy.min is None:
+    if card.length_policy.min is None and card.frontend is not None:
         facts = {"length_policy": {"min": card.min_samples, "short": card.length_policy.short}, **facts}
     for name, value in facts.items():
         text = re.sub(rf'(?m)^  "{name}": .*,\n', "", text)

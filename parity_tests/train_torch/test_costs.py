@@ -50,7 +50,7 @@ def test_every_card_states_what_is_counted(name):
     """Fails where ``python -m parity_tests.make_cards`` has not been run."""
     card = get_card(name)
     assert (card.parameters, card.macs) == costs_of(card)
-    assert card.length_policy.min >= card.frontend.min_samples
+    assert card.frontend is None or card.length_policy.min >= card.frontend.min_samples
     text = (CARDS / f"{name}.json").read_text(encoding="utf-8")
     assert completed(text, card) == text
 
