@@ -1,4 +1,4 @@
-"""Run by check_wheel where only the wheel and its [infer] extra are installed: every shipped model predicts."""
+"""Run by check_wheel where only the wheel and its [infer] extra are installed: every shipped model predicts or embeds."""
 
 import importlib.util
 
@@ -34,6 +34,13 @@ for name in names:
     with TFAudioClassifier(name) as classifier:
         sample_rate = classifier.card.sample_rate
         clip = render(CLASSES[0], 2.0, sample_rate, np.random.default_rng(0))
+        if classifier.card.task == "embedding":
+            picture = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+            embeddings = np.stack([classifier.embed_audio(clip), classifier.embed_image(picture)])
+            if not np.isfinite(embeddings).all():
+                raise SystemExit(f"{name}: embeddings are not finite")
+            print(f"{name}: embeds sound and picture, {embeddings.shape[1]} numbers each")
+            continue
         prediction = classifier.predict(clip)
     if not np.isfinite(prediction.probabilities).all():
         raise SystemExit(f"{name}: probabilities are not finite")
