@@ -40,13 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         networks = {}
-        for name in ("mn10_as", "dymn10_as", "dymn20_as", "cnn14", "crnn_2024"):
+        for name in ("mn10_as", "dymn10_as", "dymn20_as", "cnn14", "crnn_2024", "cavmaeft_audio_as"):
             print(f"\nexporting {name}", flush=True)
             networks[name] = measure.write_network(name, folder / f"{name}.onnx"), folder / f"{name}.onnx"
         onnx = networks["mn10_as"][1]
         for name in measure.END_TO_END_BARS:
             show(measure.measure_prediction(name, *networks[name], 2 * arguments.seconds))
-        del networks["cnn14"], networks["crnn_2024"]
+        del networks["cnn14"], networks["crnn_2024"], networks["cavmaeft_audio_as"]
         show(measure.measure_ensemble(folder, 2 * arguments.seconds))
         show(measure.measure_networks(networks, 2 * arguments.seconds))
         show(measure.measure_recordings("dymn20_as", *networks["dymn20_as"], folder, arguments.seconds))
