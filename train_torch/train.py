@@ -11,6 +11,7 @@ A run that was killed and resumed therefore ends with the same weights as one th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -42,6 +43,7 @@ from train_torch.distill import LiveTeacher, StoredTeacher, Teacher, named, read
 from train_torch.evaluation import Device, Evaluation, accelerator_of, score_clips
 from train_torch.models import Model, create_model, new_card
 from train_torch.models.cavmae_blocks import Towers
+from train_torch.models.cavmae_initial import read_vision_mae, start_from_vision_mae
 from train_torch.models.cavmae_pretrain import CAVMAE
 from train_torch.models.ensemble import load_ensemble
 from train_torch.optim import check_temperature, freeze
@@ -108,6 +110,7 @@ def fit(
         split_by, hold_out, validate_by: see :func:`train_torch.data.split_dataset`.
         init: checkpoint to start from, a file or the name of a published model; its architecture and front end then
             stand, the recipe's are not used, and neither is its rule for short clips unless it has ``min_seconds``.
+            A CAV-MAE to be pre-trained may also begin with the weights of a vision MAE, or with a classifier's towers.
         init_card: name of its card where the file holds none.
         checkpoints: folder with published checkpoints, see :func:`train_torch.download.checkpoint_folder`.
         teachers: checkpoints to distil from, live: the mean of their logits on every batch; needs
@@ -291,10 +294,7 @@ def _start(
     if init is None:
         return _fresh(recipe, dataset, name)
     if recipe.task == "embedding":
-        loaded = load_checkpoint(init, init_card, checkpoints=checkpoints)
-        if not isinstance(loaded.model, CAVMAE):
-            model, card = _fresh(recipe, dataset, loaded.card.name)
-            loaded = Checkpoint(model, card, take_towers(model, loaded), loaded.sha256)
+        loaded = _pretraining_start(recipe, dataset, init, init_card, checkpoints)
     elif is_towers(recipe.model):
         loaded = fine_tuned_towers(
             recipe.model,
@@ -329,6 +329,23 @@ def _start(
         provenance={"initialised_from": origin},
     )
     return loaded.model, card
+
+
+def _pretraining_start(
+    recipe: Recipe, dataset: Dataset, init: str | Path, init_card: str | None, checkpoints: str | Path | None
+) -> Checkpoint:
+    """Return the network to pre-train: a pre-trained one, or the recipe's with what others have to give."""
+    mae = None if init_card is not None else read_vision_mae(init)
+    if mae is not None:
+        model, card = _fresh(recipe, dataset, "vision-mae")
+        with open(init, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Checkpoint(model, card, start_from_vision_mae(model, mae), sha256)
+    loaded = load_checkpoint(init, init_card, checkpoints=checkpoints)
+    if isinstance(loaded.model, CAVMAE):
+        return loaded
+    model, card = _fresh(recipe, dataset, loaded.card.name)
+    return Checkpoint(model, card, take_towers(model, loaded), loaded.sha256)
 
 
 def _fresh(recipe: Recipe, dataset: Dataset, name: str) -> tuple[nn.Module, ModelCard]:

@@ -12,6 +12,7 @@ from models_zoo.images import ImageSpec, load_image
 from models_zoo.pairs import write_pairs
 from models_zoo.presets import get_frontend
 from models_zoo.soundscapes import write_soundscapes
+from parity_tests.train_torch.test_cavmae import vision_mae
 from train_torch import classifier as module
 from train_torch import train
 from train_torch.__main__ import main
@@ -476,25 +477,44 @@ def test_published_recipes_have_the_published_numbers():
         assert recipe.frames == "all"
 
 
-def test_pretraining_may_begin_with_a_tower_of_pictures(pairs, tmp_path):
-    model, card = network(mode="videoonly")
-    save_checkpoint(tmp_path / "seen.safetensors", model, card)
-    begun = []
+@pytest.fixture
+def begun(pairs, tmp_path, monkeypatch):
+    """Return a function: (checkpoint, recipe) -> the weights that its pre-training begins with."""
 
     class Stop(Exception):
         pass
 
     def noted(learner):
-        begun.append({key: value.clone() for key, value in learner.model.state_dict().items()})
-        raise Stop
+        raise Stop({key: value.clone() for key, value in learner.model.state_dict().items()})
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pretraining, "on_fit_start", noted, raising=False)
-        with pytest.raises(Stop):
-            fit(pairs, tmp_path / "run", PRE, init=tmp_path / "seen.safetensors", progress=False)
+    def begin(path, recipe):
+        monkeypatch.setattr(Pretraining, "on_fit_start", noted, raising=False)
+        with pytest.raises(Stop) as stopped:
+            fit(pairs, tmp_path / "run", recipe, init=path, progress=False, force=True)
+        return stopped.value.args[0]
+
+    return begin
+
+
+def test_pretraining_may_begin_with_a_vision_mae(begun, pairs, tmp_path):
+    state = vision_mae(width=12, decoder=8)
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    recipe = PRE.replace(model_options={**PRE.model_options, "depth": 12, "modality_specific_depth": 11})
+    weights = begun(tmp_path / "mae.pth", recipe)
+    assert torch.equal(weights["blocks_a.3.mlp.fc1.weight"], state["blocks.3.mlp.fc1.weight"])
+    assert torch.equal(weights["blocks_u.0.norm1_v.bias"], state["blocks.11.norm1.bias"])
+    torch.save({"other": torch.ones(2)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="holds no card"):
+        fit(pairs, tmp_path / "x", PRE, init=tmp_path / "other.pth", progress=False)
+
+
+def test_pretraining_may_begin_with_a_tower_of_pictures(pairs, begun, tmp_path):
+    model, card = network(mode="videoonly")
+    save_checkpoint(tmp_path / "seen.safetensors", model, card)
+    weights = begun(tmp_path / "seen.safetensors", PRE)
     for key, value in model.state_dict().items():
-        if key in begun[0]:
-            assert torch.equal(value, begun[0][key]) != key.startswith("blocks_a.") or value.std() == 0, key
+        if key in weights:
+            assert torch.equal(value, weights[key]) != key.startswith("blocks_a.") or value.std() == 0, key
     wide, described = network(mode="videoonly", embed_dim=16)
     save_checkpoint(tmp_path / "wide.safetensors", wide, described)
     with pytest.raises(CheckpointError, match="give both the same widths"):

@@ -7,19 +7,35 @@ arXiv 2111.06377).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from models_zoo.errors import CheckpointError
 from train_torch.models.cavmae_blocks import PATCH
 from train_torch.models.cavmae_pretrain import CAVMAE
+from train_torch.published_file import unpickled
 
-__all__ = ["start_from_vision_mae"]
+__all__ = ["read_vision_mae", "start_from_vision_mae"]
 
 _COPIED = ("mask_token", "decoder_embed", "decoder_norm", "decoder_blocks")
 
 
-def start_from_vision_mae(model: CAVMAE, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+def read_vision_mae(path: str | Path) -> Mapping[str, Tensor] | None:
+    """Return the weights of a vision MAE's file, by themselves or under ``model``, or None where it is another file.
+
+    Raises:
+        CheckpointError: a ``.pt`` or ``.pth`` file that is damaged, or with more in it than tensors and plain values.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt", ".pth") or not path.is_file():
+        return None
+    loaded = unpickled(path)
+    inner = loaded.get("model", loaded) if isinstance(loaded, Mapping) else None
+    return inner if isinstance(inner, Mapping) and {"cls_token", "patch_embed.proj.weight"} <= set(inner) else None
+
+
+def start_from_vision_mae(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Give ``model`` the weights of a vision MAE; return the entries that keep their own fresh values.
 
     The first blocks go to both modalities, the others to the joint blocks, their norms to every stream; the
@@ -32,8 +48,12 @@ def start_from_vision_mae(model: CAVMAE, state: Mapping[str, Tensor]) -> tuple[s
             ``norm``, and the decoder's.
 
     Raises:
-        CheckpointError: an entry is missing, or of another shape; names the first.
+        CheckpointError: an entry is missing, or of another shape; names the first. Or another model.
     """
+    if not isinstance(model, CAVMAE):
+        raise CheckpointError(
+            f"got a {type(model).__name__}; a 'cavmae' is what begins with the weights of a vision MAE"
+        )
     taken = dict(_given(model, state))
     expected = model.state_dict()
     for key, tensor in taken.items():
