@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from models_zoo.containers import Container, inspect_container, is_cut_flac
 from models_zoo.errors import AudioDecodeError, WaveformError
+from models_zoo.files import opened
 from models_zoo.specs import FrontendSpec
 
 __all__ = [
@@ -53,8 +52,7 @@ MAX_SECONDS = 600.0
 """Longest recording :func:`load_audio` takes unless told otherwise."""
 
 _BLOCK_VALUES = 1 << 16
-_SPOOL_IN_MEMORY = 1 << 24
-_SPOOL_LIMIT = 1 << 32
+_EXPECTED = "a path, the bytes of an audio file, or a file object (for samples in an array use as_waveform)"
 
 
 @dataclass(frozen=True)
@@ -284,7 +282,7 @@ def _finite(waveform: NDArray[np.float32], name: str) -> NDArray[np.float32]:
 @contextmanager
 def _opened(source: AudioSource) -> Iterator[_Recording]:
     with ExitStack() as stack:
-        stream, name = _as_stream(source, stack)
+        stream, name = stack.enter_context(opened(source, AudioDecodeError, _EXPECTED))
         try:
             container = inspect_container(stream)
             decodable = _Decodable(container, stream)
@@ -350,72 +348,6 @@ class _Decodable(io.RawIOBase):
         buffer[: len(data)] = data
         self._offset += len(data)
         return len(data)
-
-
-def _as_stream(source: AudioSource, stack: ExitStack) -> tuple[BinaryIO, str]:
-    """Return a seekable binary stream and a name for messages; what is opened here is closed by ``stack``."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return stack.enter_context(io.BytesIO(source)), f"<{len(source)} bytes>"
-    if isinstance(source, (str, os.PathLike)):
-        stream: Any = stack.enter_context(_open_file(source))
-        name = str(source)
-    elif callable(getattr(source, "read", None)):
-        stream = source
-        name = str(getattr(source, "name", "<file object>"))
-    else:
-        raise AudioDecodeError(
-            f"got {type(source).__name__}; expected a path, the bytes of an audio file, or a file object "
-            "(for samples in an array use as_waveform)",
-            code="type",
-        )
-    try:
-        # Only the standard library's own streams go to libsndfile as they are: an exception inside a foreign one
-        # would be lost in its callback.
-        if isinstance(stream, (io.BytesIO, io.BufferedReader, io.BufferedRandom)) and stream.seekable():
-            return stream, name
-        if not isinstance(stream, (io.BufferedReader, io.BytesIO)) and callable(getattr(stream, "seek", None)):
-            stream.seek(0)
-    except io.UnsupportedOperation:
-        pass
-    except (OSError, ValueError) as error:
-        raise _not_readable(name, error) from error
-    return _copied(stream, name, stack), name
-
-
-def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    if os.path.isdir(path):
-        raise AudioDecodeError(f"{path}: is a folder; expected an audio file", code="not_readable")
-    try:
-        return open(path, "rb")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise AudioDecodeError(f"{path}: no such file; check the path", code="not_found") from error
-    except (OSError, ValueError) as error:
-        raise _not_readable(str(path), error) from error
-
-
-def _copied(stream: Any, name: str, stack: ExitStack) -> BinaryIO:
-    """Return what ``stream`` still holds, copied to memory or, if large, to a temporary file."""
-    copy: Any = stack.enter_context(tempfile.SpooledTemporaryFile(max_size=_SPOOL_IN_MEMORY))  # noqa: SIM115
-    size = 0
-    try:
-        while data := stream.read(1 << 20):
-            if not isinstance(data, (bytes, bytearray, memoryview)):
-                raise AudioDecodeError(
-                    f"{name}: reading gave {type(data).__name__}; expected bytes: open the file in binary mode ('rb')",
-                    code="type",
-                )
-            size += len(data)
-            if size > _SPOOL_LIMIT:
-                raise AudioDecodeError(
-                    f"{name}: more than {_SPOOL_LIMIT >> 30} GiB from a file object that cannot seek; pass a path",
-                    code="too_long",
-                )
-            copy.write(data)
-    except AudioDecodeError:
-        raise
-    except Exception as error:  # Whatever a foreign file object raises, it could not be read.
-        raise _not_readable(name, error) from error
-    return copy  # type: ignore[no-any-return]
 
 
 def _check_layout(name: str, sample_rate: int, channels: int) -> None:

@@ -1,19 +1,118 @@
-"""Write a file completely or not at all."""
+"""Open a file however it is given; write one completely or not at all."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
 
-from models_zoo.errors import OutputExistsError, OutputWriteError
+from models_zoo.errors import (
+    AudioDecodeError,
+    ImageDecodeError,
+    OutputExistsError,
+    OutputWriteError,
+    VideoDecodeError,
+)
 
-__all__ = ["check_folder_writable", "check_writable", "replacing", "replacing_folder"]
+__all__ = ["check_folder_writable", "check_writable", "opened", "replacing", "replacing_folder"]
+
+_DecodeError: TypeAlias = type[AudioDecodeError] | type[ImageDecodeError] | type[VideoDecodeError]
+
+_SPOOL_IN_MEMORY = 1 << 24
+_SPOOL_LIMIT = 1 << 32
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.partial(?P<suffix>\.[^.]+)?$")
+
+
+@contextmanager
+def opened(source: object, error: _DecodeError, expected: str) -> Iterator[tuple[BinaryIO, str]]:
+    """Yield a stream at the beginning of a file, and a name for messages; what is opened here is closed.
+
+    A file object that is none of the standard library's, or cannot seek, is copied first, to memory or, if large, to a
+    temporary file: decoders call back into Python, where an exception of a foreign one would be lost.
+
+    Args:
+        source: a path, a file's bytes, or a file object open for reading bytes, which stays open.
+        error: raised on whatever cannot be read, with ``code`` ``type``, ``not_found``, ``not_readable``, ``empty`` or
+            ``too_long``.
+        expected: what ``source`` should have been, for messages.
+    """
+    with ExitStack() as stack:
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            stream: Any = stack.enter_context(io.BytesIO(source))
+            name = f"<{len(source)} bytes>"
+        elif isinstance(source, (str, os.PathLike)):
+            name = str(source)
+            stream = stack.enter_context(_open_path(source, name, error))
+        elif callable(getattr(source, "read", None)):
+            name = str(getattr(source, "name", "<file object>"))
+            stream = _seekable(source, name, error, stack)
+        else:
+            raise error(f"got {type(source).__name__}; expected {expected}", code="type")
+        stream.seek(0)
+        if not stream.read(1):
+            raise error(f"{name}: the file is empty (0 bytes)", code="empty")
+        stream.seek(0)
+        yield stream, name
+
+
+def _open_path(path: str | os.PathLike[str], name: str, error: _DecodeError) -> BinaryIO:
+    code, why = "not_readable", "is a folder; expected a file"
+    if not os.path.isdir(path):
+        try:
+            return open(path, "rb")
+        except (FileNotFoundError, NotADirectoryError):
+            code, why = "not_found", "no such file; check the path"
+        except (OSError, ValueError) as cause:
+            why = f"cannot be read: {getattr(cause, 'strerror', None) or cause}; check the path and its permissions"
+    raise error(f"{name}: {why}", code=code)
+
+
+def _seekable(stream: Any, name: str, error: _DecodeError, stack: ExitStack) -> Any:
+    """Return ``stream``, or a copy of it."""
+    try:
+        if isinstance(stream, (io.BytesIO, io.BufferedReader, io.BufferedRandom)) and stream.seekable():
+            return stream
+        if not isinstance(stream, (io.BufferedReader, io.BytesIO)) and callable(getattr(stream, "seek", None)):
+            stream.seek(0)
+    except io.UnsupportedOperation:
+        pass
+    except (OSError, ValueError) as cause:
+        raise _unread(name, cause, error) from cause
+    copy: Any = stack.enter_context(tempfile.SpooledTemporaryFile(max_size=_SPOOL_IN_MEMORY))  # noqa: SIM115
+    size = 0
+    while True:
+        try:
+            data = stream.read(1 << 20)
+        except Exception as cause:  # whatever a foreign file object raises, it could not be read
+            raise _unread(name, cause, error) from cause
+        if not data:
+            return copy
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise error(
+                f"{name}: reading gave {type(data).__name__}; expected bytes: open the file in binary mode ('rb')",
+                code="type",
+            )
+        size += len(data)
+        if size > _SPOOL_LIMIT:
+            raise error(
+                f"{name}: more than {_SPOOL_LIMIT >> 30} GiB from a file object that cannot seek; pass a path",
+                code="too_long",
+            )
+        copy.write(data)
+
+
+def _unread(
+    name: str, cause: BaseException, error: _DecodeError
+) -> AudioDecodeError | ImageDecodeError | VideoDecodeError:
+    reason = getattr(cause, "strerror", None) or cause
+    return error(f"{name}: cannot be read: {reason}; check the path and its permissions", code="not_readable")
 
 
 def _process_is_alive(pid: int) -> bool:

@@ -6,9 +6,8 @@ antialiasing, centre crop, ImageNet statistics), whose rounding of sizes and off
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias, cast
+from typing import BinaryIO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from models_zoo.errors import ImageDecodeError, SpecError
+from models_zoo.files import opened
 from models_zoo.schema import Declaration, Sequence
 
 __all__ = [
@@ -96,7 +96,11 @@ def read_image(source: ImageSource) -> Image.Image:
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    name, stream = _opened(source)
+    with opened(source, ImageDecodeError, "a path, bytes, an open file, or a uint8 array") as (stream, name):
+        return _decoded(stream, name)
+
+
+def _decoded(stream: BinaryIO, name: str) -> Image.Image:
     try:
         with Image.open(stream, formats=_FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -124,9 +128,6 @@ def read_image(source: ImageSource) -> Image.Image:
         if isinstance(error, ImageDecodeError):
             raise
         raise ImageDecodeError(f"{name}: cannot be decoded: {error}; get a whole copy", code="corrupt") from None
-    finally:
-        if stream is not source:
-            stream.close()
 
 
 def crop_image(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
@@ -153,32 +154,6 @@ def normalise_image(crop: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.floa
     mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
     values = (crop.astype(np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(np.moveaxis(values, -1, -3))
-
-
-def _opened(source: object) -> tuple[str, BinaryIO]:
-    """Return a name for messages, and a stream at the beginning of the picture."""
-    stream: BinaryIO
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        name, stream = f"{len(source)} bytes", io.BytesIO(source)
-    elif isinstance(source, (str, Path)):
-        name = str(source)
-        try:
-            stream = open(source, "rb")  # noqa: SIM115 - the caller closes it
-        except FileNotFoundError:
-            raise ImageDecodeError(f"{name}: no such file", code="not_found") from None
-        except (OSError, ValueError) as error:
-            raise ImageDecodeError(f"{name}: cannot be read: {error}", code="not_readable") from None
-    elif hasattr(source, "read") and hasattr(source, "seek"):
-        name, stream = str(getattr(source, "name", "the open file")), cast(BinaryIO, source)
-        stream.seek(0)
-    else:
-        raise ImageDecodeError(
-            f"got {type(source).__name__}; expected a path, bytes, an open file, or a uint8 array", code="type"
-        )
-    if not stream.read(1):
-        raise ImageDecodeError(f"{name}: is empty", code="empty")
-    stream.seek(0)
-    return name, stream
 
 
 def _code_of(stream: BinaryIO) -> Literal["unsupported", "not_image"]:

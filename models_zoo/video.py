@@ -7,7 +7,6 @@ recording.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 
 from models_zoo.audio import MAX_SECONDS, Resampler, checked_rate, mix_channels
 from models_zoo.errors import MissingDependencyError, VideoDecodeError
+from models_zoo.files import opened
 from models_zoo.images import MAX_PIXELS
 from models_zoo.specs import FrontendSpec
 
@@ -92,7 +92,7 @@ def read_video_frames(source: VideoSource, chosen: Sequence[int] = (MIDDLE,)) ->
         MissingDependencyError: PyAV is not installed.
     """
     chosen = chosen_frames(chosen)
-    with _opened(source) as (container, name):
+    with _container(source) as (container, name):
         stream = _stream_of(container, "video", name)
         if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
             raise VideoDecodeError(f"{name}: its frames have more than {MAX_PIXELS} pixels", code="too_large")
@@ -134,7 +134,7 @@ def read_video_audio(
         AudioDecodeError: an impossible sample rate.
         MissingDependencyError: PyAV is not installed.
     """
-    with _opened(source) as (container, name):
+    with _container(source) as (container, name):
         import av
 
         stream = _stream_of(container, "audio", name)
@@ -173,37 +173,20 @@ def _stream_of(container: Any, kind: str, name: str) -> Any:
 
 
 @contextmanager
-def _opened(source: object) -> Iterator[tuple[Any, str]]:
+def _container(source: object) -> Iterator[tuple[Any, str]]:
     try:
         import av
     except ImportError:
         raise MissingDependencyError("videos need PyAV; install the extra: pip install 'crossfade[video]'") from None
-    stream: Any = source
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        name, stream = f"{len(source)} bytes", io.BytesIO(source)
-        if not source:
-            raise VideoDecodeError("got no bytes; expected a video", code="empty")
-    elif isinstance(source, (str, Path)):
-        name, stream = str(source), str(source)
+    with opened(source, VideoDecodeError, "a path, bytes, or an open file") as (stream, name):
         try:
-            with open(source, "rb") as file:
-                if not file.read(1):
-                    raise VideoDecodeError(f"{name}: is empty", code="empty")
-        except FileNotFoundError:
-            raise VideoDecodeError(f"{name}: no such file", code="not_found") from None
-        except (OSError, ValueError) as error:
-            raise VideoDecodeError(f"{name}: cannot be read: {error}", code="not_readable") from None
-    elif hasattr(source, "read") and hasattr(source, "seek"):
-        name = str(getattr(source, "name", "the open file"))
-        source.seek(0)
-    else:
-        raise VideoDecodeError(f"got {type(source).__name__}; expected a path, bytes, or an open file", code="type")
-    try:
-        container = av.open(stream, mode="r")
-    except (av.error.FFmpegError, ValueError, OSError) as error:
-        raise VideoDecodeError(f"{name}: is no video FFmpeg knows: {error}", code="not_video") from None
-    with container:
-        try:
-            yield container, name
-        except av.error.FFmpegError as error:
-            raise VideoDecodeError(f"{name}: cannot be decoded: {error}; get a whole copy", code="corrupt") from None
+            container = av.open(stream, mode="r")
+        except (av.error.FFmpegError, ValueError, OSError) as error:
+            raise VideoDecodeError(f"{name}: is no video FFmpeg knows: {error}", code="not_video") from None
+        with container:
+            try:
+                yield container, name
+            except av.error.FFmpegError as error:
+                raise VideoDecodeError(
+                    f"{name}: cannot be decoded: {error}; get a whole copy", code="corrupt"
+                ) from None

@@ -151,7 +151,7 @@ def test_missing_unreadable_and_wrong_sources(tmp_path: Path, monkeypatch: pytes
     def forbidden(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("models_zoo.audio.open", forbidden, raising=False)
+    monkeypatch.setattr("models_zoo.files.open", forbidden, raising=False)
     error = refusal(empty)
     assert error.code == "not_readable"
     assert str(empty) in str(error)

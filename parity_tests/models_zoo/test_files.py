@@ -1,8 +1,9 @@
-"""Writing completely or not at all."""
+"""Opening files however they are given; writing completely or not at all."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -11,8 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from models_zoo.errors import OutputExistsError, OutputWriteError
-from models_zoo.files import check_writable, replacing
+from models_zoo.errors import (
+    AudioDecodeError,
+    ImageDecodeError,
+    OutputExistsError,
+    OutputWriteError,
+    VideoDecodeError,
+)
+from models_zoo.files import check_writable, opened, replacing
 
 
 def test_takes_its_name_only_when_complete(tmp_path: Path) -> None:
@@ -74,3 +81,40 @@ def test_a_killed_writer_leaves_nothing_under_the_name_and_is_tidied_up(tmp_path
     with replacing(target) as partial:
         partial.write_bytes(b"whole")
     assert os.listdir(tmp_path) == ["out.bin"]
+
+
+class Pipe:
+    """A foreign file object that cannot seek."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def read(self, size: int = -1) -> bytes:
+        part, self.data = self.data[:size], self.data[size:]
+        return part
+
+
+@pytest.mark.parametrize("error", [AudioDecodeError, ImageDecodeError, VideoDecodeError])
+def test_a_file_is_opened_however_it_is_given(tmp_path: Path, error: type) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    with path.open("rb") as own:
+        own.seek(3)
+        for given in (
+            path,
+            str(path),
+            b"content",
+            bytearray(b"content"),
+            own,
+            Pipe(b"content"),
+            io.BytesIO(b"content"),
+        ):
+            with opened(given, error, "a file") as (stream, name):
+                assert (stream.read(), bool(name)) == (b"content", True)
+        assert not own.closed
+    for given, code in ((b"", "empty"), (3, "type"), (tmp_path / "none", "not_found"), (tmp_path, "not_readable")):
+        with pytest.raises(error) as refused, opened(given, error, "a file"):
+            pass
+        assert refused.value.code == code
+    with pytest.raises(error, match="got int; expected a file"), opened(3, error, "a file"):
+        pass
