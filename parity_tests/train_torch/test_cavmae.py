@@ -10,8 +10,9 @@ import torch
 
 from models_zoo.cards import ModelCard
 from models_zoo.errors import CardError, CheckpointError, ClipLengthError, SpecError
-from models_zoo.images import ImageSpec
+from models_zoo.images import ImageSpec, load_image
 from models_zoo.presets import get_frontend
+from models_zoo.registry import get_card
 from parity_tests.networks import contract_state
 from parity_tests.tolerances import (
     GOLDEN_CAV_MAE,
@@ -20,7 +21,8 @@ from parity_tests.tolerances import (
     GOLDEN_CAV_MAE_SMALL_BLOCK,
 )
 from train_torch.checkpoint import load_checkpoint
-from train_torch.models import create_from_card, create_model, new_card
+from train_torch.frontend import TorchFrontend
+from train_torch.models import check_card, create_from_card, create_model, new_card
 from train_torch.models.cavmae import CAVMAEFT, CAVMAEFTOptions
 from train_torch.models.cavmae_blocks import position_table
 from train_torch.models.cavmae_initial import start_from_vision_mae
@@ -230,11 +232,79 @@ def test_pre_training_is_as_published(contracts, goldens, name):
     check_pretrained(network(variant, contracts), goldens, name, *case)
 
 
+def real_clip(contracts):
+    """Return the recorded clip as (features made of the published filter bank, features of our own, picture)."""
+    sound = np.load(contracts / "cav_mae" / "golden_frontend.npz")
+    picture = np.load(contracts / "cav_mae" / "golden_image.npz")["recipe_jpeg_bytes"].tobytes()
+    filled = np.pad(sound["fbank_real"], ((0, 1024 - len(sound["fbank_real"])), (0, 0)))
+    published = (torch.from_numpy(filled)[None] + 5.081) / 4.4849
+    waveform = torch.from_numpy(sound["real_int16"].astype(np.float32) / 32768)[None]
+    with torch.no_grad():
+        ours = TorchFrontend(get_frontend("cav_mae")).eval()(waveform)
+    return published, ours, torch.from_numpy(load_image(picture, ImageSpec()))[None]
+
+
+def check_real_clip(model, golden, prefix, clip):
+    """Compare the answers to the recorded clip, from the published features and from the waveform."""
+    published, ours, image = clip
+    for features in (published, ours):
+        for mode in ("audioonly", "multimodal"):
+            got = answer(model, mode, features, image)
+            assert apart(got["logits"], golden[f"{prefix}.{mode}"]) <= GOLDEN_CAV_MAE, mode
+            if mode == "audioonly" and f"{prefix}.emb_a" in golden:
+                assert apart(unit(got["embedding"]), golden[f"{prefix}.emb_a"]) <= GOLDEN_CAV_MAE
+    if f"{prefix}.emb_v" in golden:
+        seen = answer(model, "videoonly", None, image)["embedding"]
+        assert apart(unit(seen), golden[f"{prefix}.emb_v"]) <= GOLDEN_CAV_MAE
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.contracts
+def test_the_recorded_clip_is_answered_as_published(contracts, goldens):
+    model = network("cavmaeft_tiny_11", contracts)
+    clip = real_clip(contracts)
+    check_real_clip(model, goldens, "ft_tiny.real", clip)
+    other = answer(model, "multimodal", clip[0], clip[2].flip(2))["logits"]
+    assert apart(other, goldens["ft_tiny.real.multimodal"]) > 100 * GOLDEN_CAV_MAE, "the picture counts"
+
+
+@pytest.mark.contracts
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("cavmae_scalepp", "cavmae_base"),
+        ("cavmaeft_as", "cavmaeft_base_527"),
+        ("cavmaeft_image_as20k", "cavmaeft_base_527"),
+        ("cavmaeft_audio_as", "cavmaeftaudio_base_527"),
+    ],
+)
+def test_cards_of_released_files_build_the_recorded_networks(contracts, name, variant):
+    entries = json.loads((contracts / "cav_mae" / "keys.json").read_text())
+    with torch.device("meta"):
+        model = create_from_card(get_card(name))
+    check_card(model, get_card(name))
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == entries[variant]["keys"]
+
+
 @pytest.mark.slow
 @pytest.mark.contracts
 def test_full_size_networks_answer_as_published(contracts):
     golden = np.load(contracts / "cav_mae" / "golden_base.npz")
     model = network("cavmaeft_base_527", contracts)
+    check_real_clip(model, golden, "ft_base.real", real_clip(contracts))
+    weight = model.blocks_a[5].mlp.fc1.weight
+    with torch.no_grad():
+        before = float(weight[3, 7])
+        weight[3, 7] += 5.0
+    moved = answer(model, "audioonly", pair(11, 1)[0], None)["logits"]
+    assert apart(moved, golden["ft_base.b1.audioonly_perturbed"]) <= GOLDEN_CAV_MAE
+    assert apart(moved, golden["ft_base.b1.audioonly"]) > 10 * GOLDEN_CAV_MAE
+    with torch.no_grad():
+        weight[3, 7] = before
     check_fine_tuned(model, golden, "ft_base.b1", 11, 1, 1024)
     check_fine_tuned(model, golden, "ft_base.b3", 12, 3, 1024)
     short = noise(234, 1, 208, 128)
