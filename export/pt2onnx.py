@@ -77,12 +77,14 @@ def _export(arguments: argparse.Namespace) -> str:
         force=arguments.force,
         progress=sys.stderr.isatty() and not arguments.quiet,
     )
-    shortest, longest = (f"{length / card.sample_rate:.3g} s" for length in (done.lengths[0], done.lengths[-1]))
+    lengths = ""
+    if card.frontend is not None:  # a network of pictures alone has none
+        shortest, longest = (f"{length / card.sample_rate:.3g} s" for length in (done.lengths[0], done.lengths[-1]))
+        lengths = f"{len(done.lengths)} lengths from {shortest} to {longest}, "
     quieter = f" ({done.quieter} repeated with quieter noise: see README, Limits)" if done.quieter else ""
     return (
         f"{arguments.output}: {card.name} ({card.architecture}, {card.exporter} exporter)\n"
-        f"verified in {done.cases} cases: {len(done.lengths)} lengths from {shortest} to {longest}, "
-        f"batches {', '.join(map(str, done.batches))}{quieter}\n"
+        f"verified in {done.cases} cases: {lengths}batches {', '.join(map(str, done.batches))}{quieter}\n"
         f"worst difference {done.worst:.2g} (bar {done.tolerance:g}), {done.worst_case}"
     )
 

@@ -7,12 +7,14 @@ import onnxruntime
 import pytest
 import torch
 
+from export import pt2onnx
 from export.exporter import export_onnx
 from infer_tf.session import OnnxSession
 from models_zoo.errors import VerificationError, WaveformError
 from models_zoo.images import ImageSpec
 from models_zoo.presets import get_frontend
 from parity_tests.tolerances import LOGITS
+from train_torch.checkpoint import save_checkpoint
 from train_torch.models import create_model, new_card
 
 PUBLISHED = get_frontend("cav_mae")
@@ -112,3 +114,10 @@ def test_a_graph_that_needs_more_than_its_card_says_is_refused(tmp_path):
     with pytest.raises(VerificationError, match=r"audio_embedding of image alone: the graph returns shape \(0, 24\)"):
         export_onnx(model, card.replace(outputs=model.outputs), tmp_path / "towers.onnx")
     assert not (tmp_path / "towers.onnx").exists()
+
+
+def test_a_network_of_pictures_alone_from_the_command_line(tmp_path, capsys):
+    name, options = CASES["pictures"]
+    save_checkpoint(tmp_path / "model.safetensors", *network(name, **options))
+    assert pt2onnx.main([str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "model.onnx")]) == 0
+    assert "cases: batches 1, 2" in capsys.readouterr().out
