@@ -24,8 +24,11 @@ Convolutions = Literal["winograd", "direct"]
 """How a graph computes its convolutions: in Winograd's form where that is faster on a CPU, or all as they are."""
 
 LEAST_CHANNELS = 128
-"""Fewest channels, in and out, of a convolution that is rewritten: from here on it is faster at every length of clip
-and size of batch, and with 64 the sums cost what the products save."""
+"""Fewest channels, in and out, of a convolution that is rewritten: from here on it is faster whatever the length of the
+clip and the size of the batch, and with 64 the sums cost what the products save."""
+
+_BLOCK = 16
+"""onnxruntime's fast convolutions of several groups take channels by as many."""
 
 
 @dataclass(frozen=True)
@@ -76,38 +79,42 @@ def rewrite_convolutions(model: onnx.ModelProto) -> int:
     """Rewrite ``model`` in place, and return the number of convolutions that are in Winograd's form now.
 
     Those are the 3x3 ones over two axes, with a stride of 1, as many outputs as inputs along both axes, one group, and
-    ``LEAST_CHANNELS`` or more.
+    ``LEAST_CHANNELS`` or more, by sixteens.
     """
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     sizes = _sizes(model)
     nodes: list[onnx.NodeProto] = []
     tensors: dict[str, onnx.TensorProto] = {}
-    rewritten = 0
+    rewritten: list[onnx.NodeProto] = []
     for node in graph.node:
         if not _is_rewritten(node, weights):
             nodes.append(node)
             continue
         rows, columns = (_PAIR if size == 2 else _LONG for size in sizes.get(node.input[0]) or (0, 0))
-        nodes += _winograd(node, numpy_helper.to_array(weights[node.input[1]]), rows, columns, tensors)
-        rewritten += 1
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+        weight, bias = (*(numpy_helper.to_array(weights[each]) for each in node.input[1:]), None)[:2]
+        nodes += _winograd(node, weight, bias, rows, columns, tensors)
+        rewritten.append(node)
+    if not rewritten:
+        return 0
+    idle = {name for node in rewritten for name in node.input} - {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name not in idle]
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.initializer[:]
     graph.initializer.extend([*kept, *tensors.values()])
-    return rewritten
+    return len(rewritten)
 
 
 def _is_rewritten(node: onnx.NodeProto, weights: dict[str, onnx.TensorProto]) -> bool:
-    if node.op_type != "Conv" or node.input[1] not in weights:
+    if node.op_type != "Conv" or not weights.keys() >= set(node.input[1:]):
         return False
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     outputs, inputs, *kernel = weights[node.input[1]].dims
     return (
         kernel == [3, 3]
         and min(inputs, outputs) >= LEAST_CHANNELS
+        and inputs % _BLOCK == outputs % _BLOCK == 0
         and given.get("auto_pad", b"NOTSET") == b"NOTSET"
         and given.get("group", 1) == 1
         and given.get("pads") == [1, 1, 1, 1]
@@ -140,6 +147,7 @@ def _sizes(model: onnx.ModelProto) -> dict[str, list[int]]:
 def _winograd(
     node: onnx.NodeProto,
     weight: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
     rows: _Axis,
     columns: _Axis,
     tensors: dict[str, onnx.TensorProto],
@@ -156,41 +164,44 @@ def _winograd(
         tensors.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    products = np.einsum("ia,jb,ocab->ijoc", rows.weights, columns.weights, weight.astype(np.float64))
-    channels = weight.shape[1]
-    multiplied = np.empty((len(rows.sums), len(columns.sums)), object)
-    for i, j in np.ndindex(multiplied.shape):
-        row, column = rows.sums[i], columns.sums[j]
-        taps = np.broadcast_to(np.outer(row.taps, column.taps).astype(np.float32), (channels, 1, 2, 2))
-        summed = value(
-            f"sum_{i}_{j}",
-            "Conv",
-            [node.input[0], constant(f"winograd/{channels} x {row.taps} x {column.taps}", taps)],
-            group=channels,
-            kernel_shape=[2, 2],
-            strides=[2, 2],
-            dilations=[row.dilation, column.dilation],
-            pads=[row.before, column.before, row.after, column.after],
-        )
-        product = constant(f"{name}/weight_{i}_{j}", products[i, j, :, :, None, None].astype(np.float32))
-        bias = [each for each in node.input[2:] if (i, j) == (rows.bias, columns.bias)]
-        multiplied[i, j] = value(f"product_{i}_{j}", "Conv", [summed, product, *bias], kernel_shape=[1, 1])
+    outputs, channels = weight.shape[:2]
+    sums = []
+    for i, row in enumerate(rows.sums):
+        for j, column in enumerate(columns.sums):
+            taps = np.broadcast_to(np.outer(row.taps, column.taps).astype(np.float32), (channels, 1, 2, 2))
+            taken = [node.input[0], constant(f"winograd/{channels} x {row.taps} x {column.taps}", taps)]
+            sums.append(
+                value(
+                    f"sum_{i}_{j}",
+                    "Conv",
+                    taken,
+                    group=channels,
+                    kernel_shape=[2, 2],
+                    strides=[2, 2],
+                    dilations=[row.dilation, column.dilation],
+                    pads=[row.before, column.before, row.after, column.after],
+                )
+            )
+    # As one convolution of many groups, not many of one: their weights are one tensor, and loading leaves no gaps.
+    combined = np.einsum("ia,jb,ocab->ijoc", rows.weights, columns.weights, weight.astype(np.float64))
+    given = [
+        value("sums", "Concat", sums, axis=1),
+        constant(f"{name}/weights", combined.reshape(-1, channels, 1, 1).astype(np.float32)),
+    ]
+    if bias is not None:
+        spread = np.zeros((len(rows.sums), len(columns.sums), outputs), np.float32)
+        spread[rows.bias, columns.bias] = bias
+        given.append(constant(f"{name}/bias", spread.reshape(-1)))
+    products = value("products", "Conv", given, group=len(sums), kernel_shape=[1, 1])
 
-    def combined(suffix: str, signs: NDArray[np.int64], values: NDArray[np.object_]) -> str:
-        total = ""
-        for position, (sign, each) in enumerate(zip(signs, values, strict=True)):
-            if sign and total:
-                total = value(f"{suffix}_{position}", "Add" if sign > 0 else "Sub", [total, each])
-            elif sign:
-                total = each  # the first is never subtracted
-        return total
-
-    outputs = []
-    for row_of_tile, row_signs in enumerate(rows.outputs):
-        halves = [combined(f"half_{row_of_tile}_{j}", row_signs, multiplied[:, j]) for j in range(multiplied.shape[1])]
-        for column_of_tile, signs in enumerate(columns.outputs):
-            outputs.append(combined(f"output_{row_of_tile}_{column_of_tile}", signs, np.array(halves, object)))
-    tiles = value("tiles", "Concat", outputs, axis=1)
+    signs = np.kron(rows.outputs, columns.outputs).astype(np.float32)  # (4, products), of the four outputs of a tile
+    flat = value("flat", "Reshape", [products, constant(f"winograd/{len(sums)}", np.array([0, len(sums), -1]))])
+    tiles = value("tiles", "MatMul", [constant(f"winograd/{signs.shape}", signs), flat])
+    shape = [
+        constant(f"winograd/4 x {outputs}", np.array([0, 4 * outputs])),
+        value("grid", "Shape", [products], start=2),
+    ]
+    tiles = value("channels", "Reshape", [tiles, value("shape", "Concat", shape, axis=0)])
     whole = value("whole", "DepthToSpace", [tiles], blocksize=2, mode="DCR")
     # An axis of odd size has a row or column too many.
     size = value("size", "Shape", [node.input[0]], start=2)
