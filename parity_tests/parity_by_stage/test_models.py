@@ -17,6 +17,7 @@ from models_zoo.metrics import kl_divergence
 from models_zoo.mixtures import write_mixtures
 from models_zoo.presets import get_frontend
 from models_zoo.registry import get_card, list_shipped, shipped_model
+from models_zoo.scenes import SceneSettings, write_scenes
 from models_zoo.soundscapes import CLASSES, write_soundscapes
 from parity_tests.__main__ import main
 from parity_tests.parity import run_parity
@@ -109,11 +110,12 @@ SHIPPED = {
     "instruments-mn": "instruments",
     "instruments-panns": "instruments",
     "pairs-cavmae": "fsdd",
+    "scenes-crnn": "fsdd",
 }
-"""Shipped model -> the recordings below --data it was trained on."""
+"""Shipped model -> the recordings below --data it was trained on, some of them."""
 
-OF_MIXTURES = {"digits-mac", "pairs-cavmae"}
-"""Those that were trained on mixtures of them, or on pairs with pictures (test_shipped_pairs.py)."""
+OF_MIXTURES = {"digits-mac", "pairs-cavmae", "scenes-crnn"}
+"""Those that were trained on mixtures or scenes of them, or on pairs with pictures (test_shipped_pairs.py)."""
 
 
 def test_every_shipped_model_has_its_recordings_named() -> None:
@@ -158,6 +160,32 @@ def test_the_shipped_mac_agrees_on_mixtures_of_digits(data: Path, tmp_path: Path
     assert uniform == pytest.approx(stated["test_kl_divergence_uniform"], abs=0.15)
     assert report.divergence[1] < uniform / 2
     assert report.divergence[1] == pytest.approx(stated["test_kl_divergence"], abs=0.25)
+
+
+@pytest.mark.real_data
+def test_the_shipped_detector_agrees_on_scenes(data: Path, tmp_path: Path) -> None:
+    """The first 12 of the 200 test scenes that its card measures: the same events, about as good as stated."""
+    onnx = shipped_model("scenes-crnn")
+    card = get_card("scenes-crnn")
+    assert "--events 2 6" in card.provenance["data"]
+    assert "--seed 1" in card.provenance["data"]
+    write_scenes(
+        tmp_path,
+        get_frontend("dcase_2024"),
+        counts={"test": 12},
+        data=[data / "fsdd", data / "instruments"],
+        classes=card.labels or (),
+        settings=SceneSettings(events=(2, 6)),
+        seed=1,
+    )
+    report = run_parity(onnx, onnx.with_suffix(".safetensors"), tmp_path, split="test", progress=False)
+    print(report)
+    assert report.passed, f"\n{report}"
+    assert report.changed == []
+    assert report.num_clips == 12
+    assert report.detection is not None
+    for name in ("weak_f1", "intersection_f1"):
+        assert report.detection[name][1] == pytest.approx(card.metrics[f"test_{name}"], abs=0.15)
 
 
 @pytest.mark.real_data

@@ -14,6 +14,7 @@ from train_torch.checkpoint import load_checkpoint
 from train_torch.evaluation import evaluate
 from train_torch.frontend import TorchFrontend
 from train_torch.recipes import Recipe, get_recipe
+from train_torch.recipes.sed import SedRecipe
 
 SHIPPED = {
     "digits-mn": ("digits", "fsdd", 0.97),
@@ -31,6 +32,16 @@ def test_a_shipped_model_came_from_its_committed_recipe(name):
     assert card.license == recipe.license != ""
     assert card.training_data
     assert card.provenance["clips"]["test"] in (200, 50, 1200)
+
+
+def test_the_shipped_detector_came_from_its_committed_recipe():
+    card, recipe = get_card("scenes-crnn"), get_recipe("scenes_crnn_many")
+    assert SedRecipe.from_dict(card.provenance["recipe"]) == recipe
+    assert card.provenance["seed"] == recipe.seed
+    assert card.license == recipe.license == "CC BY-SA 4.0"
+    assert card.training_data
+    assert card.provenance["training_clips"] == {"strong": 800, "weak": 400, "unlabelled": 600}
+    assert {"test_psds1", "test_psds2", "test_collar_f1", "test_weak_f1"} <= set(card.metrics)
 
 
 @pytest.mark.real_data
