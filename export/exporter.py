@@ -24,7 +24,9 @@ from models_zoo.files import check_writable, replacing
 from models_zoo.labels import check_labels
 from train_torch.checkpoint import load_checkpoint
 from train_torch.models import Model, check_card, clip_form
+from train_torch.models.cavmae import Mode
 from train_torch.published_file import Weights
+from train_torch.transfer import in_mode
 
 __all__ = [
     "CHECKPOINT_KEY",
@@ -113,6 +115,7 @@ def export_checkpoint(
     labels_file: str | Path | None = None,
     exporter: Literal["torchscript", "dynamo"] | None = None,
     weights: Weights | None = None,
+    mode: Mode | None = None,
     convolutions: Convolutions = "winograd",
     force: bool = False,
     progress: bool = False,
@@ -129,6 +132,7 @@ def export_checkpoint(
             card has labels, they must be the same.
         exporter: None for the card's choice.
         weights: ``student`` or ``teacher``, of a mean teacher's file; None for those the card's figures are of.
+        mode: of a CAV-MAE classifier, in place of its own, see :func:`~train_torch.transfer.in_mode`.
         convolutions: see :func:`export_onnx`.
         force: replace an existing file.
 
@@ -141,6 +145,8 @@ def export_checkpoint(
     labels = None if labels_file is None else _read_labels(Path(labels_file))
     num_classes = None if labels is None else len(labels)
     loaded = load_checkpoint(checkpoint, model, num_classes=num_classes, checkpoints=checkpoints, weights=weights)
+    if mode is not None:
+        loaded = in_mode(loaded, mode)
     untrained = sorted(set(loaded.replaced) & set(loaded.model.state_dict()))
     if untrained:
         raise CheckpointError(

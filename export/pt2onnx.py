@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("student", "teacher"),
         help="of a mean teacher's file (default: those the card's figures are of)",
     )
+    parser.add_argument(
+        "--mode",
+        choices=("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly"),
+        help="of a cavmaeft, in place of its own: what it is given; the graph holds no more than that needs",
+    )
     parser.add_argument("--exporter", choices=("torchscript", "dynamo"), help="default: the card's choice")
     parser.add_argument(
         "--convolutions",
@@ -72,6 +77,7 @@ def _export(arguments: argparse.Namespace) -> str:
         name=arguments.name,
         labels_file=arguments.labels,
         exporter=arguments.exporter,
+        mode=arguments.mode,
         weights=arguments.weights,
         convolutions=arguments.convolutions,
         force=arguments.force,

@@ -148,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         default="middle",
         help="of several pictures of a clip: look at the middle one, or average over all (default middle)",
     )
+    _add_mode(evaluate)
     _add_split_options(evaluate, ("speaker", "fold"))
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _add_device(evaluate)
@@ -305,6 +306,14 @@ def _add_split_options(parser: argparse.ArgumentParser, groups: Sequence[str]) -
     parser.add_argument("--split-by", choices=groups, help="keep the clips of one speaker or fold on one side")
     parser.add_argument(
         "--hold-out", metavar="GROUP", nargs="+", default=[], help="test on these speakers or folds (with --split-by)"
+    )
+
+
+def _add_mode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mode",
+        choices=("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly"),
+        help="of a cavmaeft, in place of its own: what it is given",
     )
 
 
@@ -473,6 +482,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         split_by=options.split_by,
         hold_out=tuple(options.hold_out),
         frames=options.frames,
+        mode=options.mode,
         device=options.device,
         progress=not options.quiet,
     )

@@ -20,10 +20,12 @@ from models_zoo.errors import CheckpointError, DataError, DeviceError
 from train_torch.checkpoint import load_checkpoint
 from train_torch.data import Batch, ClipData, evaluation_loader
 from train_torch.losses import Task, clip_loss
+from train_torch.models.cavmae import Mode
 from train_torch.models.ensemble import Ensemble, load_ensemble
 from train_torch.recipes import Recipe
 from train_torch.retrieval import Retrieval, embed_pairs
 from train_torch.sed_evaluation import Detection, evaluate_detector
+from train_torch.transfer import in_mode
 
 __all__ = ["Device", "Evaluation", "accelerator_of", "collect", "evaluate", "score_clips"]
 
@@ -230,6 +232,7 @@ def evaluate(
     split_by: Group | None = None,
     hold_out: tuple[str, ...] = (),
     frames: Literal["middle", "all"] = "middle",
+    mode: Mode | None = None,
     device: Device = "auto",
     progress: bool = True,
 ) -> Evaluation | Detection | Retrieval:
@@ -247,6 +250,7 @@ def evaluate(
         split: one of the declared splits; None takes every clip.
         split_by, hold_out: score the clips of these speakers or folds, whatever their split.
         frames: of several pictures of a clip, the ``middle`` one, or the mean of the answers to ``all``.
+        mode: of a single CAV-MAE classifier, in place of its own, see :func:`train_torch.transfer.in_mode`.
         device: where to score.
         progress: show bars.
 
@@ -257,11 +261,17 @@ def evaluate(
     paths = [checkpoint] if isinstance(checkpoint, (str, Path)) else list(checkpoint)
     if len(paths) == 1:
         loaded = load_checkpoint(paths[0], card, checkpoints=checkpoints)
+        if mode is not None:
+            loaded = in_mode(loaded, mode)
         if loaded.card.task == "embedding" and loaded.card.image is not None:
             pairs = read_dataset(data).by_file().select(split)
             clips = ClipData(pairs, loaded.card, Recipe(), progress=progress)
             return embed_pairs(loaded.model, loaded.card, clips, device=target)
-    ensemble = load_ensemble(paths, card, checkpoints=checkpoints)[0]
+        ensemble = Ensemble([(loaded.model, loaded.card)])
+    elif mode is not None:
+        raise CheckpointError(f"mode: got {mode!r} for {len(paths)} checkpoints; choose it for one at a time")
+    else:
+        ensemble = load_ensemble(paths, card, checkpoints=checkpoints)[0]
     model = ensemble.card
     if model.task == "event_detection" and model.labels is not None and len(paths) == 1 and not hold_out:
         detector = cast(nn.Module, ensemble.models[0])

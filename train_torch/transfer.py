@@ -11,14 +11,16 @@ from typing import Any
 
 from torch import nn
 
+from models_zoo.cards import LengthPolicy
 from models_zoo.errors import CheckpointError
 from train_torch.checkpoint import Checkpoint, load_checkpoint
+from train_torch.costs import count_costs
 from train_torch.models import create_model, new_card
-from train_torch.models.cavmae import CAVMAEFT
+from train_torch.models.cavmae import CAVMAEFT, Mode
 from train_torch.models.cavmae_blocks import TowerOptions, Towers
 from train_torch.models.panns_cnn import Cnn14, TransferCnn14, TransferOptions
 
-__all__ = ["fine_tuned_towers", "is_towers", "is_transfer", "take_towers", "transferred"]
+__all__ = ["fine_tuned_towers", "in_mode", "is_towers", "is_transfer", "take_towers", "transferred"]
 
 _TRANSFER = "transfer_cnn14"
 
@@ -180,3 +182,43 @@ def take_towers(model: nn.Module, loaded: Checkpoint) -> tuple[str, ...]:
     taken = {key: value for key, value in shared.items() if silent is None or not key.startswith(silent)}
     model.load_state_dict({**expected, **taken}, strict=True)
     return tuple(key for key in expected if key not in taken)
+
+
+def in_mode(loaded: Checkpoint, mode: Mode) -> Checkpoint:
+    """Return a CAV-MAE classifier that is given what ``mode`` says from now on, and the card that says so.
+
+    Of a network trained on both, sound or picture can be left away: ``missingaudioonly``, ``missingvideoonly``.
+
+    Raises:
+        CheckpointError: another network, or one whose card does not say how the sound or picture it needs is read.
+        CardError: pictures of a network without their parameters.
+    """
+    model, card = loaded.model, loaded.card
+    if not isinstance(model, CAVMAEFT):
+        raise CheckpointError(
+            f"mode: got {mode!r}; {card.name!r} is a {card.architecture!r}, and a 'cavmaeft' has modes"
+        )
+    trained = model.declared.mode
+    model.set_mode(mode)
+    needed = {part.source for part in model.inputs}
+    for source, given in (("frontend", card.frontend), ("image", card.image)):
+        if source in needed and given is None:
+            raise CheckpointError(
+                f"mode: got {mode!r}; {card.name!r} was trained as {trained!r}, and its card has no {source}; choose a "
+                "mode that needs none"
+            )
+    policy = card.length_policy if "frontend" in needed else LengthPolicy()
+    frontend = card.frontend if "frontend" in needed else None
+    described = card.replace(
+        options=model.options,
+        inputs=model.inputs,
+        frontend=frontend,
+        image=card.image if "image" in needed else None,
+        length_policy=policy,
+        metrics={},
+        thresholds=None,
+        checkpoint=None,
+        provenance={**card.provenance, "trained_in_mode": trained},
+        **count_costs(model, model.inputs, frontend, policy)._asdict(),
+    )
+    return Checkpoint(model, described, loaded.replaced, loaded.sha256)

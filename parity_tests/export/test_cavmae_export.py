@@ -121,3 +121,18 @@ def test_a_network_of_pictures_alone_from_the_command_line(tmp_path, capsys):
     save_checkpoint(tmp_path / "model.safetensors", *network(name, **options))
     assert pt2onnx.main([str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "model.onnx")]) == 0
     assert "cases: batches 1, 2" in capsys.readouterr().out
+
+
+def test_a_network_of_both_exported_for_one_of_them(tmp_path, capsys):
+    name, options = CASES["both, padded"]
+    model, card = network(name, **options)
+    save_checkpoint(tmp_path / "model.safetensors", model, card)
+    command = [str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "model.onnx"), "--mode", "missingaudioonly"]
+    assert pt2onnx.main(command) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [part.name for part in session.get_inputs()] == ["features"]
+    features = np.random.default_rng(0).standard_normal((2, 256, 32)).astype(np.float32)
+    model.set_mode("missingaudioonly")
+    with torch.no_grad():
+        expected = model(features=torch.from_numpy(features))["logits"].numpy()
+    assert np.abs(session.run(["logits"], {"features": features})[0] - expected).max() <= LOGITS

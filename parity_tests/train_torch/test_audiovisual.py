@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models_zoo.dataset import read_dataset
-from models_zoo.errors import CheckpointError, DataError, ImageDecodeError, SpecError
+from models_zoo.errors import CardError, CheckpointError, DataError, ImageDecodeError, SpecError
 from models_zoo.images import ImageSpec, load_image
 from models_zoo.pairs import write_pairs
 from models_zoo.presets import get_frontend
@@ -28,7 +28,7 @@ from train_torch.optim import configure, factor_at
 from train_torch.recipes import Augmentation, PretrainingRecipe, Recipe, SamplingRecipe, get_recipe
 from train_torch.retrieval import Retrieval, same_label
 from train_torch.train import fit
-from train_torch.transfer import fine_tuned_towers
+from train_torch.transfer import fine_tuned_towers, in_mode
 from train_torch.weight_mean import EpochMean
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -519,3 +519,31 @@ def test_pretraining_may_begin_with_a_tower_of_pictures(pairs, begun, tmp_path):
     save_checkpoint(tmp_path / "wide.safetensors", wide, described)
     with pytest.raises(CheckpointError, match="give both the same widths"):
         fit(pairs, tmp_path / "other", PRE, init=tmp_path / "wide.safetensors", progress=False)
+
+
+def test_a_network_of_both_answers_to_one_of_them_alone(sounds, pairs, tmp_path, capsys):
+    both, card = network()
+    save_checkpoint(tmp_path / "both.safetensors", both, card)
+    command = ["evaluate", str(tmp_path / "both.safetensors"), "--split", "test", "--quiet", "--data"]
+    assert main([*command, str(sounds)]) == 2
+    assert "have no picture" in capsys.readouterr().err
+    assert main([*command, str(sounds), "--mode", "missingaudioonly"]) == 0
+    heard = in_mode(load_checkpoint(tmp_path / "both.safetensors"), "missingaudioonly")
+    assert [part.name for part in heard.card.inputs] == ["features"]
+    assert heard.card.image is None
+    assert heard.card.provenance["trained_in_mode"] == "multimodal"
+    assert heard.card.macs < card.macs
+    seen = in_mode(load_checkpoint(tmp_path / "both.safetensors"), "missingvideoonly")
+    save_checkpoint(tmp_path / "seen.safetensors", seen.model, seen.card)
+    with pytest.raises(CheckpointError, match=r"trained as 'missingvideoonly'.*no frontend"):
+        evaluate(tmp_path / "seen.safetensors", pairs, mode="multimodal", progress=False)
+    with pytest.raises(CheckpointError, match="one at a time"):
+        evaluate([tmp_path / "both.safetensors"] * 2, pairs, mode="audioonly", progress=False)
+    deaf, described = network("cavmaeft_audio")
+    save_checkpoint(tmp_path / "heard.safetensors", deaf, described)
+    with pytest.raises(CardError, match="no parameters of pictures"):
+        evaluate(tmp_path / "heard.safetensors", pairs, mode="multimodal", progress=False)
+    model, described = network("cavmae", "embedding")
+    save_checkpoint(tmp_path / "towers.safetensors", model, described)
+    with pytest.raises(CheckpointError, match="a 'cavmaeft' has modes"):
+        evaluate(tmp_path / "towers.safetensors", pairs, mode="audioonly", progress=False)
