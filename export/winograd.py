@@ -83,6 +83,9 @@ def rewrite_convolutions(model: onnx.ModelProto) -> int:
     """
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
+    # Where two tensors are equal, as the biases of a fresh network are, torch stores one of them.
+    copies = [node for node in graph.node if node.op_type == "Identity" and node.input[0] in weights]
+    weights.update({node.output[0]: weights[node.input[0]] for node in copies})
     sizes = _sizes(model)
     nodes: list[onnx.NodeProto] = []
     tensors: dict[str, onnx.TensorProto] = {}

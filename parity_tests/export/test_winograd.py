@@ -85,6 +85,17 @@ def test_it_answers_like_the_convolution(inputs, outputs, mel, bias, products):
             np.testing.assert_allclose(found, expected, rtol=0, atol=WINOGRAD)
 
 
+def test_a_bias_that_another_layer_has_as_well():
+    """torch stores equal tensors once, and gives the second layer a copy."""
+    model = graph_of()[0]
+    model.graph.node[0].input[2] = "copied"
+    model.graph.node.insert(0, helper.make_node("Identity", ["bias"], ["copied"]))
+    x = np.random.default_rng(0).standard_normal((1, LEAST_CHANNELS, 5, 8)).astype(np.float32)
+    expected = session_of(model).run(None, {"x": x})[0]
+    assert rewrite_convolutions(model) == 1
+    np.testing.assert_allclose(session_of(model).run(None, {"x": x})[0], expected, rtol=0, atol=WINOGRAD)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
