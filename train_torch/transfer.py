@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -119,8 +119,7 @@ def fine_tuned_towers(
             "pre-trained 'cavmae', or a fine-tuned 'cavmaeft'"
         )
     towers = {name: getattr(loaded.model.declared, name) for name in TowerOptions.model_fields}
-    model = create_model(architecture, **{**dict(options or {}), **towers, "num_classes": len(labels)})
-    assert isinstance(model, CAVMAEFT)
+    model = cast(CAVMAEFT, create_model(architecture, **{**dict(options or {}), **towers, "num_classes": len(labels)}))
     fresh, given = model.state_dict(), loaded.model.state_dict()
     same = isinstance(loaded.model, CAVMAEFT) and loaded.model.declared.mode == model.declared.mode
     kept = {
