@@ -386,7 +386,7 @@ def _run(
         list(reports.values()),
         len(rows) + len(embedded),
         changed,
-        None if distributed else _accuracy(rows, research.card),
+        None if distributed or detection is not None else _accuracy(rows, research.card),
         unreadable,
         _divergence(rows, research.card, dataset) if distributed else None,
         detection,
