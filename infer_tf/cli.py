@@ -177,6 +177,9 @@ def _parser() -> argparse.ArgumentParser:
         help="sounds, pictures, videos; folders of them; folders with metadata.csv, whose labels are kept",
     )
     index.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="the index")
+    index.add_argument(
+        "--split", default="all", help="of folders with metadata.csv: train, validation, test or all (default)"
+    )
     index.add_argument("--force", action="store_true", help="replace an existing index")
     _add_runtime(index)
     index.set_defaults(run=_index, plot=None)
@@ -542,7 +545,7 @@ def _index(arguments: argparse.Namespace) -> int:
     from infer_tf.index import AudioVisualIndex, list_files
 
     _check_outputs(arguments, arguments.output)
-    files = list_files(arguments.inputs)
+    files = list_files(arguments.inputs, None if arguments.split == "all" else arguments.split)
     with _classifier(arguments) as classifier:
         index = AudioVisualIndex.build(classifier, files)
         index.save(arguments.output, force=arguments.force)

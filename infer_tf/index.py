@@ -278,11 +278,11 @@ def kind_of(path: str | os.PathLike[str]) -> Literal["audio", "image", "video"]:
     )
 
 
-def list_files(inputs: Sequence[str | os.PathLike[str]]) -> list[tuple[Path, str | None]]:
+def list_files(inputs: Sequence[str | os.PathLike[str]], split: str | None = None) -> list[tuple[Path, str | None]]:
     """Return the files that paths and folders name, with their labels where these are known.
 
-    A folder with a ``metadata.csv`` stands for the sounds and pictures in it, labelled as it says; any other folder for
-    the sounds, pictures and videos below it, sorted by path.
+    A folder with a ``metadata.csv`` stands for the sounds and pictures in it, or those of a ``split``, labelled as it
+    says; any other folder for the sounds, pictures and videos below it, sorted by path.
 
     Raises:
         DataError: a folder without any, or with a table that cannot be read.
@@ -290,7 +290,7 @@ def list_files(inputs: Sequence[str | os.PathLike[str]]) -> list[tuple[Path, str
     found: dict[Path, str | None] = {}
     for item in map(Path, inputs):
         if (item / "metadata.csv").is_file():
-            for record in read_dataset(item).records:
+            for record in read_dataset(item).select(split).records:
                 for path in (record.file, *record.images):
                     found.setdefault(path, ";".join(record.labels) or None)
         elif item.is_dir():

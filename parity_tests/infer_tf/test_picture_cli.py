@@ -165,6 +165,9 @@ def test_index_and_search(capsys, tmp_path):
     code, _, err = run(capsys, "index", "towers.onnx", "data", "-o", path)
     assert code == 2
     assert "--force" in err
+    code, _, err = run(capsys, "index", "towers.onnx", "data", "-o", tmp_path / "train.index", "--split", "train")
+    assert code == 2
+    assert "train" in err
 
 
 def test_evaluate_with_pictures(capsys):
