@@ -270,8 +270,12 @@ def measure_prediction(name: str, model: torch.nn.Module, onnx: Path, seconds: f
         f"{len(card.labels)} classes, batch 1, one thread"
         + (f", {_TOKENS} tokens of an encoder at hand" if tokens else "")
         + ". Torch: the published front end and the eager network under no_grad, as "
-        f"published. Bars at 10 s: at least {bar:g} times faster; rest (all but the front end and onnxruntime) at "
-        f"most {OVERHEAD_BAR_MS:.0f} ms.",
+        f"published. Bar at 10 s: at least {bar:g} times faster"
+        + (
+            "; the rest finds the events too."
+            if card.task == "event_detection"
+            else f"; rest (all but the front end and onnxruntime) at most {OVERHEAD_BAR_MS:.0f} ms."
+        ),
     )
     theirs = PUBLISHED[system]().eval()
     alone = _session(onnx)
@@ -303,7 +307,10 @@ def measure_prediction(name: str, model: torch.nn.Module, onnx: Path, seconds: f
             report.require(difference <= SAME_PROBABILITIES, f"{length} s: probabilities differ by {difference:.1e}")
             if length == 10.0:
                 report.require(faster >= bar, f"{faster:.2f} times faster, less than {bar:g}")
-                report.require(rest <= OVERHEAD_BAR_MS, f"{rest:.2f} ms of overhead, more than {OVERHEAD_BAR_MS}")
+                report.require(
+                    rest <= OVERHEAD_BAR_MS or card.task == "event_detection",
+                    f"{rest:.2f} ms of overhead, more than {OVERHEAD_BAR_MS}",
+                )
     return report
 
 
