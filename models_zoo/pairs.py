@@ -14,7 +14,8 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -112,57 +113,50 @@ def write_pairs(
     folder = Path(folder)
     table = folder / "metadata.csv"
     check_writable(table, force=force)
-    if data is not None:
-        return _write(folder, table, data, seed, ambiguous, frames, size, picture_format, force, progress)
-    with tempfile.TemporaryDirectory() as made:
-        write_soundscapes(made, num_clips=_BUILT_IN_CLIPS, seed=seed, sample_rate=16000, seconds=1.0)
-        return _write(folder, table, made, seed, ambiguous, frames, size, picture_format, force, progress)
-
-
-def _write(
-    folder: Path,
-    table: Path,
-    data: str | Path,
-    seed: int,
-    ambiguous: bool,
-    frames: int,
-    size: int,
-    picture_format: str,
-    force: bool,
-    progress: bool,
-) -> Path:
-    dataset = read_dataset(data).single_sources(seed=seed)
-    if len(dataset.labels) > NUM_GLYPHS:
-        raise DataError(
-            f"{dataset.root}: {len(dataset.labels)} labels; pictures can tell {NUM_GLYPHS} apart: take fewer classes"
-        )
-    grid = Grid(dataset.labels)
-    if ambiguous and min(grid.columns, math.ceil(len(dataset.labels) / grid.columns)) < 2:
-        raise DataError(
-            f"{dataset.root}: {len(dataset.labels)} labels make no grid in which sound and picture each tell a part; "
-            "ambiguous pairs need at least 3"
-        )
-    rows = []
-    bar = tqdm(dataset.records, desc="drawing", unit="pair", file=sys.stderr, disable=not progress, leave=False)
-    for index, record in enumerate(bar):
-        rng = np.random.default_rng([seed, index])
-        label = record.labels[0]
-        if ambiguous:
-            alike = grid.sounding_like(label)
-            label = alike[int(rng.integers(len(alike)))]
-        glyph = grid.row(label) if ambiguous else dataset.labels.index(label)
-        sound = f"audio/{_place(index)}{record.file.suffix.lower()}"
-        with replacing(folder / sound, force=force) as partial:
-            shutil.copyfile(record.file, partial)
-        pictures = render_frames(glyph, frames, size, rng)
-        names = _write_pictures(folder, index, pictures, picture_format, force)
-        groups = (record.speaker or "", record.fold or "", record.recording or "")
-        rows.append((sound, label, ";".join(names), record.split, *groups, dataset.name_of(record)))
+    with _recordings(data, seed) as source:
+        dataset = read_dataset(source).single_sources(seed=seed)
+        if len(dataset.labels) > NUM_GLYPHS:
+            raise DataError(
+                f"{dataset.root}: {len(dataset.labels)} labels; pictures can tell {NUM_GLYPHS} apart: take fewer"
+            )
+        grid = Grid(dataset.labels)
+        if ambiguous and min(grid.columns, math.ceil(len(dataset.labels) / grid.columns)) < 2:
+            raise DataError(
+                f"{dataset.root}: {len(dataset.labels)} labels make no grid in which sound and picture each tell "
+                "a part; ambiguous pairs need at least 3"
+            )
+        rows = []
+        bar = tqdm(dataset.records, desc="drawing", unit="pair", file=sys.stderr, disable=not progress, leave=False)
+        for index, record in enumerate(bar):
+            rng = np.random.default_rng([seed, index])
+            label = record.labels[0]
+            if ambiguous:
+                alike = grid.sounding_like(label)
+                label = alike[int(rng.integers(len(alike)))]
+            glyph = grid.row(label) if ambiguous else dataset.labels.index(label)
+            sound = f"audio/{_place(index)}{record.file.suffix.lower()}"
+            with replacing(folder / sound, force=force) as partial:
+                shutil.copyfile(record.file, partial)
+            pictures = render_frames(glyph, frames, size, rng)
+            names = _write_pictures(folder, index, pictures, picture_format, force)
+            groups = (record.speaker or "", record.fold or "", record.recording or "")
+            rows.append((sound, label, ";".join(names), record.split, *groups, dataset.name_of(record)))
     with replacing(table, force=force) as partial, open(partial, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("file", "label", "image", "split", "speaker", "fold", "recording", "source"))
         writer.writerows(rows)
     return table
+
+
+@contextmanager
+def _recordings(data: str | Path | None, seed: int) -> Iterator[str | Path]:
+    """Yield ``data``, or where it is None a folder of built-in sounds that is gone afterwards."""
+    if data is not None:
+        yield data
+        return
+    with tempfile.TemporaryDirectory() as made:
+        write_soundscapes(made, num_clips=_BUILT_IN_CLIPS, seed=seed, sample_rate=16000, seconds=1.0)
+        yield made
 
 
 def _place(index: int) -> str:
