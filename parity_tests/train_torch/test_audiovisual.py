@@ -437,6 +437,9 @@ def test_a_classifier_begins_with_the_pretrained_towers(pretrained, pairs, tmp_p
     assert not np.array_equal(one.probabilities, every.probabilities)
     again = fine_tuned_towers("cavmaeft", tmp_path / "model.safetensors", LABELS, "single_label")
     assert again.replaced == ()
+    other = {"mode": "missingaudioonly"}
+    turned = fine_tuned_towers("cavmaeft", tmp_path / "model.safetensors", LABELS, "single_label", options=other)
+    assert {key.split(".")[0] for key in turned.replaced} == {"mlp_head"}
 
 
 def test_towers_that_do_not_fit_are_refused(pretrained, tmp_path):
