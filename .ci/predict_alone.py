@@ -1,4 +1,4 @@
-"""Run by check_wheel where only the wheel and its [infer] extra are installed: every shipped model predicts or embeds."""
+"""Run by check_wheel where only the wheel and its [infer] extra are installed: every shipped model answers."""
 
 import importlib.util
 

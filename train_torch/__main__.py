@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -343,9 +343,16 @@ def _quieten_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _with_fields(recipe: _AnyRecipe, assignments: Sequence[str]) -> _AnyRecipe:
-    """Return ``recipe`` with ``field.inner=value`` applied in order; values are JSON, or text where they are not."""
-    data: dict[str, Any] = recipe.to_dict()
+def _with_fields(recipe: _AnyRecipe, given: Mapping[str, Any], assignments: Sequence[str]) -> _AnyRecipe:
+    """Return ``recipe`` as the command line wants it.
+
+    Args:
+        recipe: to start from.
+        given: field -> value of options of their own; None leaves the recipe's.
+        assignments: ``field.inner=value``, applied in order; values are JSON, or text where they are not.
+    """
+    # All at once: fields that only go together may be changed together.
+    data: dict[str, Any] = recipe.to_dict() | {field: value for field, value in given.items() if value is not None}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         *outer, last = path.split(".")
@@ -374,8 +381,7 @@ def _fit(options: argparse.Namespace) -> None:
     found = get_recipe(options.recipe)
     if isinstance(found, SedRecipe):
         raise SpecError(f"--recipe {options.recipe}: is for sound event detection; train with fit-sed", field="task")
-    recipe = found.replace(**{k: v for k, v in overrides.items() if v is not None})
-    recipe = _with_fields(recipe, options.set)
+    recipe = _with_fields(found, overrides, options.set)
     for field in ("model", "frontend"):
         if (options.init or options.card) and getattr(options, field) is not None:
             raise SpecError(
@@ -438,9 +444,7 @@ def _fit_sed(options: argparse.Namespace) -> None:
     recipe = get_recipe(options.recipe)
     if not isinstance(recipe, SedRecipe):
         raise SpecError(f"--recipe {options.recipe}: has the task {recipe.task!r}; train with fit", field="task")
-    overrides = {"seed": options.seed, "epochs": options.epochs}
-    recipe = recipe.replace(**{field: value for field, value in overrides.items() if value is not None})
-    recipe = _with_fields(recipe, options.set)
+    recipe = _with_fields(recipe, {"seed": options.seed, "epochs": options.epochs}, options.set)
 
     from train_torch.sed import fit_sed
 

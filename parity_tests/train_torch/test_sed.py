@@ -504,7 +504,7 @@ def test_the_schedule_and_the_teacher_follow_the_steps(
     with open(tmp_path / "run" / "metrics.csv", newline="") as stream:
         assert [bool(row["val_score"]) for row in csv.DictReader(stream)] == [False, True, False, True]
     rates.clear()
-    late = recipe.replace(full_first_step=False, epochs=1, warmup_epochs=0.5, annealing_start=None)
+    late = recipe.replace(full_first_step=False, epochs=1, validate_every=1, warmup_epochs=0.5, annealing_start=None)
     fit_sed([scenes], tmp_path / "late", late.replace(validate_every=1), progress=False, test=False)
     np.testing.assert_allclose(rates, [1e-2 * ramp(1, 1), 1e-2])
 
@@ -580,6 +580,7 @@ def test_energy_without_its_extra_is_refused(monkeypatch: pytest.MonkeyPatch, sc
         ({"groups": GROUPS[2:]}, "none has labels"),
         ({"consistency": 0.0}, "nothing is learnt from unlabelled"),
         ({"annealing_start": 0.5}, "after the warm-up"),
+        ({"validate_every": 9}, "never be known"),
     ],
 )
 def test_impossible_recipes(changes: dict, message: str) -> None:
@@ -608,9 +609,10 @@ def test_the_command_trains_and_tells_recipes_apart(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "tiny.json"
-    file.write_text(TINY.to_json())
+    file.write_text(TINY.replace(annealing_start=1.5).to_json())
     arguments = ["--data", str(scenes), "--out", str(tmp_path / "run"), "--quiet"]
-    assert main(["fit-sed", *arguments, "--recipe", str(file), "--epochs", "1", "--set", "lr=0.001"]) == 0
+    together = ["--epochs", "1", "--set", "lr=0.001", "warmup_epochs=0.5", "annealing_start=0.7"]  # only so possible
+    assert main(["fit-sed", *arguments, "--recipe", str(file), *together]) == 0
     assert "test teacher intersection_f1: " in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["lr"] == 0.001
     assert main(["fit", *arguments, "--recipe", str(file)]) == 2

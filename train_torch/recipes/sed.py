@@ -131,4 +131,10 @@ class SedRecipe(Declaration):
                 f"{self.warmup_epochs:g}, and before the end, {self.epochs}",
                 field="annealing_start",
             )
+        if self.validate_every > self.epochs:
+            raise SpecError(
+                f"validate_every: got {self.validate_every} for {self.epochs} epochs; the best one would never be "
+                "known: give at most as many",
+                field="validate_every",
+            )
         return self
