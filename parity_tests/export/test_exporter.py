@@ -280,9 +280,9 @@ def test_a_wrong_graph_is_not_kept(example, tmp_path, monkeypatch, mistake):
     export = exporter._export
 
     def wrong(*arguments):
-        proto = export(*arguments)
+        proto, rewritten = export(*arguments)
         mistake(proto)
-        return proto
+        return proto, rewritten
 
     monkeypatch.setattr(exporter, "_export", wrong)
     path = tmp_path / "model.onnx"
