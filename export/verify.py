@@ -150,17 +150,18 @@ def verify_onnx(
 
 def _check_needs(session: onnxruntime.InferenceSession, card: ModelCard, reference: nn.Module) -> None:
     """Refuse a graph whose outputs need more inputs than the card says, or that cannot take the others empty."""
+    partial = [output for output in card.outputs if len(card.inputs_of([output.name])) < len(card.inputs)]
+    if not partial:
+        return
     given = example_inputs(card, legal_lengths(card)[0], 2)
     with torch.no_grad():
         expected = reference(**given)
-    for output in card.outputs:
+    for output in partial:
         needed = {part.name for part in card.inputs_of([output.name])}
         fed = {
             part.name: given[part.name].numpy() if part.name in needed else np.zeros(card.empty_shape(part), part.dtype)
             for part in card.inputs
         }
-        if len(needed) == len(card.inputs):
-            continue
         alone = f"{output.name} of {', '.join(sorted(needed))} alone"
         try:
             (got,) = session.run([output.name], fed)
