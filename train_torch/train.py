@@ -228,7 +228,7 @@ def fit(
         trainer = lightning.Trainer(
             accelerator=accelerator,
             devices=devices,
-            strategy="ddp" if devices > 1 else "auto",
+            strategy=_strategy(learner.model, devices),
             precision=recipe.precision,
             max_epochs=recipe.epochs,
             callbacks=callbacks,
@@ -253,6 +253,14 @@ def fit(
         averaged = {**last.provenance, "averaged_epochs": list(mean.epochs)}
         save_checkpoint(folder / "model.safetensors", learner.model, last.replace(provenance=averaged), force=True)
     return _finish(folder, run, dataset, recipe, test=test, device=learner.device, cache_gib=cache_gib, began=started)
+
+
+def _strategy(model: nn.Module, devices: int) -> str:
+    """Return Lightning's name for how ``devices`` train one model."""
+    if devices == 1:
+        return "auto"
+    # Blocks hold norms of modalities they are never asked for; to wait for their gradients is to wait for ever.
+    return "ddp_find_unused_parameters_true" if isinstance(model, Towers) else "ddp"
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -311,6 +311,60 @@ def test_spans_of_epochs_that_are_none(span):
         TUNE.replace(epochs=3, average_epochs=span)
 
 
+# Several devices
+
+
+class _Step(torch.nn.Module):
+    """A learner's training step as distributed training calls it."""
+
+    def __init__(self, learner):
+        super().__init__()
+        self.learner = learner
+        learner.log = lambda *_, **__: None
+
+    def forward(self, batch):
+        return self.learner.training_step(batch, 0)
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["cavmaeft", "cavmae"])
+def test_networks_with_unused_norms_train_on_several_devices(alone, name):
+    made = network(name, "embedding" if name == "cavmae" else "single_label")
+    learner = Pretraining(*made, PRE) if name == "cavmae" else Classifier(*made, TUNE)
+    unused = train._strategy(learner.model, 2) == "ddp_find_unused_parameters_true"
+    step = torch.nn.parallel.DistributedDataParallel(_Step(learner), find_unused_parameters=unused)
+    batch = Batch(torch.randn(4, 6400), torch.eye(4)[:, :3], torch.arange(4), image=torch.randn(4, 3, 32, 32))
+    for _ in range(2):
+        loss = step(batch)
+        loss.backward()
+        assert loss.isfinite()
+
+
+def test_the_strategy_is_that_of_the_network(pairs, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def trainer(**settings):
+        raise Stop(settings["strategy"])
+
+    monkeypatch.setattr(train.lightning, "Trainer", trainer)
+    monkeypatch.setattr(train.os, "cpu_count", lambda: 2)
+    for recipe, devices, expected in (
+        (PRE, 2, "ddp_find_unused_parameters_true"),
+        (PRE, 1, "auto"),
+        (TUNE.replace(model="mn01", model_options={}, frontend="efficientat", n_mels=None), 2, "ddp"),
+    ):
+        with pytest.raises(Stop, match=f"^{expected}$"):
+            fit(pairs, tmp_path, recipe, device="cpu", devices=devices, progress=False, force=True)
+
+
 # Pre-training
 
 
