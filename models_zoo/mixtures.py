@@ -27,6 +27,7 @@ from models_zoo.audio import load_audio
 from models_zoo.dataset import Dataset, Record, read_dataset
 from models_zoo.errors import DataError
 from models_zoo.files import check_writable, replacing
+from models_zoo.soundscapes import check_seed
 from models_zoo.specs import FrontendSpec
 
 __all__ = ["count_clipped", "mix", "write_mixtures"]
@@ -119,12 +120,15 @@ def write_mixtures(
             f"got num_clips={num_clips}, seconds={seconds}, words={words}; expected at least 10 clips, 0.1 s, and "
             f"(fewest, most) words of 1 to {int(1 / _LEAST_WEIGHT)}"
         )
+    check_seed(seed)
     folder = Path(folder)
     table = folder / "metadata.csv"
     check_writable(table, force=force)
     dataset = read_dataset(data).single_sources(seed=seed)
     waveforms = _read(dataset, frontend, progress)
     sources = {split: _by_class(dataset, split, most) for split in set(_SPLIT_PATTERN)}
+    # Until the new table is whole there is none: an interrupted run must not leave old labels beside new clips.
+    table.unlink(missing_ok=True)
     rows = []
     for index in tqdm(range(num_clips), desc="mixing", unit="clip", file=sys.stderr, disable=not progress, leave=False):
         rng = np.random.default_rng([seed, index])

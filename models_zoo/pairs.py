@@ -28,7 +28,7 @@ from models_zoo.dataset import read_dataset
 from models_zoo.errors import DataError
 from models_zoo.files import check_writable, replacing
 from models_zoo.pictures import NUM_GLYPHS, render_frames
-from models_zoo.soundscapes import write_soundscapes
+from models_zoo.soundscapes import check_seed, write_soundscapes
 
 __all__ = ["Grid", "write_pairs"]
 
@@ -105,10 +105,12 @@ def write_pairs(
         DataError: impossible arguments, recordings with several labels, or more labels than there are glyphs.
         OutputExistsError, OutputWriteError: the table exists and ``force`` is false, or a write failed.
     """
-    if frames < 1 or size < 32 or picture_format not in ("jpeg", "png"):
+    check_seed(seed)
+    whole = isinstance(frames, int) and isinstance(size, int)
+    if not whole or frames < 1 or size < 32 or picture_format not in ("jpeg", "png"):
         raise DataError(
-            f"got frames={frames}, size={size}, picture_format={picture_format!r}; expected at least 1 frame, 32 "
-            "pixels, and jpeg or png"
+            f"got frames={frames}, size={size}, picture_format={picture_format!r}; expected whole numbers, at least 1 "
+            "frame and 32 pixels, and jpeg or png"
         )
     folder = Path(folder)
     table = folder / "metadata.csv"
@@ -125,6 +127,8 @@ def write_pairs(
                 f"{dataset.root}: {len(dataset.labels)} labels make no grid in which sound and picture each tell "
                 "a part; ambiguous pairs need at least 3"
             )
+        # Until the new table is whole there is none: an interrupted run must not leave old labels beside new clips.
+        table.unlink(missing_ok=True)
         rows = []
         bar = tqdm(dataset.records, desc="drawing", unit="pair", file=sys.stderr, disable=not progress, leave=False)
         for index, record in enumerate(bar):

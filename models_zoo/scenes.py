@@ -29,7 +29,7 @@ from models_zoo.dataset import Dataset, Part, Record, read_dataset
 from models_zoo.errors import DataError, SpecError, UnknownNameError
 from models_zoo.files import check_writable, replacing
 from models_zoo.schema import Declaration
-from models_zoo.soundscapes import CLASSES, render
+from models_zoo.soundscapes import CLASSES, check_seed, render
 from models_zoo.specs import FrontendSpec
 
 __all__ = ["SceneSettings", "trimmed", "write_scenes"]
@@ -202,6 +202,7 @@ def write_scenes(
     strangers = sorted(set(counts) - set(_KINDS))
     if strangers or any(count < 0 for count in counts.values()) or not sum(counts.values()):
         raise DataError(f"got scenes {dict(counts)}; expected numbers of {', '.join(_KINDS)}, at least one above 0")
+    check_seed(seed)
     folder = Path(folder)
     table = folder / "metadata.csv"
     check_writable(table, force=force)
@@ -211,6 +212,8 @@ def write_scenes(
     bar = tqdm(
         total=sum(counts.values()), desc="mixing", unit="scene", file=sys.stderr, disable=not progress, leave=False
     )
+    # Until the new table is whole there is none: an interrupted run must not leave old labels beside new clips.
+    table.unlink(missing_ok=True)
     with bar:
         for position, (kind, (split, part)) in enumerate(_KINDS.items()):
             for index in range(counts.get(kind, 0)):

@@ -180,13 +180,15 @@ class SceneScores:
             DataError: a label that is not among ``labels``, or a labelled file without an answer.
         """
         column = {label: number for number, label in enumerate(dataset.with_labels(labels).labels)}
-        targets: dict[str, NDArray[np.float32]] = {}
-        for record in dataset.records:
-            if record.part != "unlabelled":
-                row = targets.setdefault(dataset.name_of(record), np.zeros(len(labels), np.float32))
-                row[[column[label] for label in record.labels if record.confidence > 0.5]] = 1
+        labelled = [record for record in dataset.records if record.part != "unlabelled"]
+        targets = {dataset.name_of(record): np.zeros(len(labels), np.float32) for record in labelled}
         if set(targets) - set(answers):
             raise DataError(f"{min(set(targets) - set(answers))}: got no answer; score every labelled clip")
+        for record in labelled:
+            name = dataset.name_of(record)
+            heard = record.onset is None or record.onset < answers[name].seconds
+            if heard and record.confidence > 0.5:
+                targets[name][[column[label] for label in record.labels]] = 1
         truth = {name: _heard(events, answers[name].seconds) for name, events in dataset.events().items()}
         return cls(
             tuple(labels),

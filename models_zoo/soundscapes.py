@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from models_zoo.errors import DataError, UnknownNameError
 from models_zoo.files import check_writable, replacing
 
-__all__ = ["CLASSES", "render", "render_clip", "write_soundscapes"]
+__all__ = ["CLASSES", "check_seed", "render", "render_clip", "write_soundscapes"]
 
 _Signal = NDArray[np.float64]
 _SPLIT_PATTERN = ("train", "test", "train", "validation", "train")
@@ -180,6 +180,16 @@ def render_clip(
     return np.clip(clip, -1, 1).astype(np.float32), sorted(events, key=lambda event: event[1:])
 
 
+def check_seed(seed: object) -> None:
+    """Refuse what no chance can be drawn from.
+
+    Raises:
+        DataError: not a whole number, or below 0.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise DataError(f"seed: got {seed!r}; expected a whole number, 0 or more")
+
+
 def write_soundscapes(
     folder: str | Path,
     *,
@@ -227,10 +237,13 @@ def write_soundscapes(
         raise DataError(
             f"got {events_per_clip} events per clip; a class folder says one class: ask for one, or a table"
         )
+    check_seed(seed)
     folder = Path(folder)
     table = folder / "metadata.csv"
     if not class_folders:
         check_writable(table, force=force)
+    # Until the new table is whole there is none: an interrupted run must not leave old labels beside new clips.
+    table.unlink(missing_ok=True)
     rows: list[tuple[str, str, str, str, str]] = []
     for index in range(num_clips):
         rng = np.random.default_rng([seed, index])

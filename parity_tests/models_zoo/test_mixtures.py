@@ -136,6 +136,8 @@ def test_an_earlier_folder_is_kept_unless_told_otherwise(words: Path, tmp_path: 
 def test_impossible_arguments(words: Path, tmp_path: Path, arguments: dict[str, object]) -> None:
     with pytest.raises(DataError, match="expected at least 10 clips"):
         write_mixtures(words, tmp_path, MRMS, **{"num_clips": 10, **arguments})
+    with pytest.raises(DataError, match="seed: got -1"):
+        write_mixtures(words, tmp_path, MRMS, num_clips=10, seed=-1)
     assert not list(tmp_path.iterdir())
 
 

@@ -135,8 +135,8 @@ def test_a_machine_without_recordings_makes_pairs_of_built_in_sounds(
 
 
 def test_pairs_that_are_refused(sounds: Path, tmp_path: Path) -> None:
-    for wrong in ({"frames": 0}, {"size": 31}, {"picture_format": "gif"}):
-        with pytest.raises(DataError, match="expected at least 1 frame"):
+    for wrong in ({"frames": 0}, {"frames": 1.5}, {"size": 31}, {"size": 33.5}, {"picture_format": "gif"}):
+        with pytest.raises(DataError, match="at least 1 frame"):
             write_pairs(tmp_path / "x", data=sounds, **wrong)  # type: ignore[arg-type]
     many = tmp_path / "many"
     for label in range(NUM_GLYPHS + 1):
@@ -152,3 +152,13 @@ def test_pairs_that_are_refused(sounds: Path, tmp_path: Path) -> None:
             (two / label / f"{take}.wav").write_bytes(b"")
     with pytest.raises(DataError, match="at least 3"):
         write_pairs(tmp_path / "x", data=two, ambiguous=True)
+
+
+def test_an_interrupted_run_leaves_no_table_of_the_one_before(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pairs(tmp_path, data=sounds, size=32)
+    monkeypatch.setattr(pairs, "render_frames", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_pairs(tmp_path, data=sounds, size=32, seed=7, ambiguous=True, force=True)
+    assert not (tmp_path / "metadata.csv").exists()

@@ -206,3 +206,5 @@ def test_a_class_without_recordings_in_a_split_is_refused(tmp_path: Path) -> Non
     table.write_text("\n".join(line for line in table.read_text().split("\n") if not line.endswith("high,test")))
     with pytest.raises(DataError, match="'test' has no recording of high"):
         write_scenes(tmp_path / "out", DCASE, counts={"test": 1}, data=[root])
+    with pytest.raises(DataError, match="seed: got -1"):
+        write_scenes(tmp_path / "out", DCASE, counts={"test": 1}, data=[root], seed=-1)

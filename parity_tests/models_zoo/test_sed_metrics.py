@@ -118,6 +118,7 @@ ROWS = (
     Record(Path("a.wav"), ("cat",), onset=0.2, offset=0.6, part="strong"),
     Record(Path("a.wav"), ("dog",), onset=0.6, offset=0.8, part="strong", confidence=0.4),
     Record(Path("b.wav"), ("dog",), onset=0.3, offset=2.0, part="strong"),
+    Record(Path("b.wav"), ("cat",), onset=0.5, offset=0.9, part="strong"),  # behind what is heard
     Record(Path("c.wav"), ("cat", "dog"), part="weak"),
     Record(Path("d.wav"), (), part="unlabelled", absent=()),
 )

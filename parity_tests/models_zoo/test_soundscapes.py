@@ -100,6 +100,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         {"num_clips": 1, "sample_rate": 8000},
         {"num_clips": 1, "events_per_clip": 11},
         {"num_clips": 1, "classes": ()},
+        {"num_clips": 1, "seed": -1},
+        {"num_clips": 1, "seed": 1.5},
     ):
         with pytest.raises(DataError):
             write_soundscapes(tmp_path, **wrong)  # type: ignore[arg-type]
