@@ -13,8 +13,9 @@ from models_zoo.cards import ModelCard
 from models_zoo.errors import SpecError
 from train_torch.classifier import training_frontend
 from train_torch.data import Batch
+from train_torch.evaluation import check_finite
 from train_torch.feature_cache import FeatureCache
-from train_torch.models.cavmae_pretrain import CAVMAE
+from train_torch.models.cavmae_pretrain import CAVMAE, Masking
 from train_torch.optim import configure, freeze
 from train_torch.recipes import Recipe
 from train_torch.retrieval import Retrieval
@@ -35,7 +36,7 @@ class Pretraining(lightning.LightningModule):
         cache_gib: memory for features that are the same in every epoch, see :class:`FeatureCache`.
 
     Raises:
-        SpecError: another model, or changes to clips that need labels or mix clips.
+        SpecError: another model, changes to clips that need labels or mix clips, or masks that hide every token.
     """
 
     def __init__(
@@ -61,26 +62,26 @@ class Pretraining(lightning.LightningModule):
         assert frontend is not None
         self.frontend = frontend
         self._kept = FeatureCache(self.frontend, cache_gib)
+        self._masks(1, torch.Generator())  # refuses what cannot be before anything is trained
         self._scored: list[tuple[Batch, dict[str, Tensor], Tensor, Tensor]] = []
 
     def losses(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the losses of a batch, masked as drawn from ``generator`` (torch's own where it is None)."""
         assert batch.image is not None
         settings = self.settings
-        masks = self.model.draw_maskings(
-            len(batch.waveform),
-            settings.mask_audio,
-            settings.mask_image,
-            kind=settings.mask_kind,
-            generator=generator,
-        )
         return self.model.losses(
             self.frontend(batch.waveform, plain=self._kept.features(batch)),
             batch.image,
-            *masks,
+            *self._masks(len(batch.waveform), generator),
             mae_weight=settings.mae_weight,
             contrast_weight=settings.contrast_weight,
             bidirectional=settings.bidirectional,
+        )
+
+    def _masks(self, batch: int, generator: torch.Generator | None) -> tuple[Masking, Masking]:
+        settings = self.settings
+        return self.model.draw_maskings(
+            batch, settings.mask_audio, settings.mask_image, kind=settings.mask_kind, generator=generator
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -108,7 +109,14 @@ class Pretraining(lightning.LightningModule):
         self._scored.append((batch, losses, outputs["audio_embedding"], outputs["image_embedding"]))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the losses and the retrieval of all validation pairs; every process has scored all of them."""
+        """Log the losses and the retrieval of all validation pairs; every process has scored all of them.
+
+        Raises:
+            CheckpointError: a loss or an embedding is no number.
+        """
+        for _, losses, *embeddings in self._scored:
+            for value in (*losses.values(), *embeddings):
+                check_finite(value, self.card)
         weights = [len(batch.waveform) for batch, *_ in self._scored]
         values = {
             name: float(np.average([float(losses[name]) for _, losses, *_ in self._scored], weights=weights))

@@ -27,7 +27,7 @@ from train_torch.retrieval import Retrieval, embed_pairs
 from train_torch.sed_evaluation import Detection, evaluate_detector
 from train_torch.transfer import in_mode
 
-__all__ = ["Device", "Evaluation", "accelerator_of", "collect", "evaluate", "score_clips"]
+__all__ = ["Device", "Evaluation", "accelerator_of", "check_finite", "collect", "evaluate", "score_clips"]
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -157,16 +157,25 @@ class Evaluation:
         return data
 
 
+def check_finite(values: Tensor, card: ModelCard) -> None:
+    """Refuse answers, or losses, of a model that are no numbers.
+
+    Raises:
+        CheckpointError: some are NaN or infinite.
+    """
+    if not torch.isfinite(values).all():
+        raise CheckpointError(
+            f"model {card.name!r} answers with NaN or infinity: the training diverged; lower the learning rate (--lr), "
+            "or go back to an earlier checkpoint"
+        )
+
+
 def collect(scored: Sequence[tuple[Batch, Tensor]], card: ModelCard, files: tuple[str, ...]) -> Evaluation:
     """Return the evaluation of all clips from the model's answers to all batches; segments of a clip are averaged."""
     index = torch.cat([batch.index for batch, _ in scored]).numpy()
     targets = torch.cat([batch.targets for batch, _ in scored]).cpu()
     scores = torch.cat([answers for _, answers in scored]).float().cpu()
-    if not torch.isfinite(scores).all():
-        raise CheckpointError(
-            f"model {card.name!r} answers with NaN or infinity: the training diverged; lower the learning rate (--lr), "
-            "or go back to an earlier checkpoint"
-        )
+    check_finite(scores, card)
     task = cast(Task, card.task)
     masks = [batch.known.cpu() for batch, _ in scored if batch.known is not None]
     known = torch.cat(masks) if masks else None

@@ -440,6 +440,35 @@ def test_validation_hides_the_same_tokens_in_every_epoch():
     assert logged[0]["val_score"] == pytest.approx(-logged[0]["val_loss"])
 
 
+def test_a_share_of_none_hides_nothing():
+    model, card = network("cavmae", "embedding")
+    settings = PretrainingRecipe(mask_audio=0.0, mask_image=0.0, contrast_weight=1.0)
+    learner = Pretraining(model, card, PRE.replace(pretraining=settings))
+    batch = Batch(torch.randn(4, 6400), torch.eye(4), torch.arange(4), image=torch.randn(4, 3, 32, 32))
+    losses = learner.losses(batch)
+    assert (losses["mae_a"], losses["mae_v"]) == (0, 0)
+    losses["loss"].backward()
+    assert all(part.grad is None or part.grad.isfinite().all() for part in model.parameters())
+
+
+@pytest.mark.parametrize("field", ["mask_audio", "mask_image"])
+def test_a_share_that_hides_every_token_is_refused(field):
+    settings = PretrainingRecipe(**{field: 0.9})
+    with pytest.raises(SpecError, match=r"got 0\.9 of 4 tokens.*at most 0\.75"):
+        Pretraining(*network("cavmae", "embedding"), PRE.replace(pretraining=settings))
+
+
+def test_a_diverged_pretraining_says_so():
+    model, card = network("cavmae", "embedding")
+    learner = Pretraining(model, card, PRE, tuple("abcd")).eval()
+    batch = Batch(torch.randn(4, 6400), torch.eye(4), torch.arange(4), image=torch.randn(4, 3, 32, 32))
+    with torch.no_grad():
+        model.decoder_pred_a.bias.fill_(torch.nan)
+        learner.validation_step(batch, 0)
+    with pytest.raises(CheckpointError, match="diverged"):
+        learner.on_validation_epoch_end()
+
+
 def test_pretraining_that_cannot_be():
     with pytest.raises(SpecError, match="takes a 'cavmae'"):
         Pretraining(*network(), PRE)

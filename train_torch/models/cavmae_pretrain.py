@@ -93,10 +93,18 @@ def draw_masking(
         generator: of the times and bands.
 
     Raises:
-        SpecError: an impossible ratio, or a structured masking of another grid.
+        SpecError: an impossible ratio, one that leaves no token to be seen, or a structured masking of another grid.
     """
     if not 0 <= ratio < 1:
         raise SpecError(f"mask ratio: got {ratio}; expected a share of the tokens, 0 to less than 1", field="ratio")
+    tokens = noise.shape[1]
+    kept = int(tokens * (1 - ratio))
+    if not kept:
+        raise SpecError(
+            f"mask ratio: got {ratio} of {tokens} tokens, which leaves none to be seen; hide at most "
+            f"{1 - 1 / tokens:.3g} of them",
+            field="ratio",
+        )
     if kind != "unstructured":
         if grid != _PUBLISHED_GRID:
             raise SpecError(
@@ -112,7 +120,7 @@ def draw_masking(
                     chosen = torch.randperm(size, generator=generator, device=generator.device if generator else None)
                     clip.index_fill_(axis - 1, chosen[: int(size * share)].to(noise.device), _MASKED)
         noise = noise.flatten(1)
-    return Masking(noise.argsort(dim=1), int(noise.shape[1] * (1 - ratio)))
+    return Masking(noise.argsort(dim=1), kept)
 
 
 def patch_values(pictures: Tensor) -> Tensor:
@@ -306,7 +314,7 @@ class CAVMAE(Towers):
         if self.declared.norm_pix_loss:
             target = (target - target.mean(dim=2, keepdim=True)) / (target.var(dim=2, keepdim=True) + 1e-6).sqrt()
         removed = masking.removed
-        return ((predicted - target).square().mean(dim=2) * removed).sum() / removed.sum()
+        return ((predicted - target).square().mean(dim=2) * removed).sum() / removed.sum().clamp(min=1)
 
 
 def _from_patches(patches: Tensor, grid: tuple[int, int], channels: int) -> Tensor:
