@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, BinaryIO, ClassVar, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,6 +171,9 @@ class AudioVisualIndex:
                 "build it again, or use its own model",
                 code="model",
             )
+        sizes = {output.axes[-1] for output in classifier.card.outputs if output.role == "embedding"}
+        if all(size.isdigit() for size in sizes) and str(vectors.shape[1]) not in sizes:
+            raise _corrupt(Path(path), f"vectors of {vectors.shape[1]} numbers; its model's have {', '.join(sizes)}")
         try:
             return cls(classifier, header.entries, vectors)
         except DataError as error:
@@ -349,23 +351,34 @@ def _corrupt(path: Path, why: str) -> IndexFileError:
 
 def _read(path: Path) -> tuple[_Header, NDArray[np.float32]]:
     try:
-        size = path.stat().st_size
-        if size > _MOST_BYTES:
-            raise _corrupt(path, f"{size} bytes, more than {_MOST_BYTES}")
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-            header = _Header.from_json(held["header"].tobytes())
-            vectors = held["vectors"]
+        file = path.open("rb")
     except FileNotFoundError:
         raise IndexFileError(f"{path}: no such file; crossfade index makes one", code="not_found") from None
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, AttributeError, MemoryError) as error:
-        if isinstance(error, IndexFileError):
-            raise
-        raise _corrupt(path, " ".join(str(error).split())[:200]) from None
     except OSError as error:
         raise IndexFileError(f"{path}: cannot be read: {error.strerror or error}", code="not_readable") from None
-    if vectors.dtype != np.float32 or vectors.ndim != 2:
-        raise _corrupt(path, f"vectors of {vectors.dtype} {vectors.shape}")
+    with file:
+        try:
+            _check_members(file, os.fstat(file.fileno()).st_size)
+            with np.load(file, allow_pickle=False) as held:
+                header, vectors = _Header.from_json(held["header"].tobytes()), held["vectors"]
+            if vectors.dtype != np.float32 or vectors.ndim != 2:
+                raise ValueError(f"vectors of {vectors.dtype} {vectors.shape}")
+        except Exception as error:  # zipfile and numpy raise a dozen types on bytes that are no index
+            raise _corrupt(path, " ".join(str(error).split())[:200] or type(error).__name__) from None
     return header, vectors
+
+
+def _check_members(file: BinaryIO, size: int) -> None:
+    """Refuse what would take more memory than the file has bytes; go back to the beginning."""
+    if size > _MOST_BYTES:
+        raise ValueError(f"{size} bytes, more than {_MOST_BYTES}")
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("a member is compressed")
+    if sum(member.file_size for member in members) > size:
+        raise ValueError(f"members of more than the file's {size} bytes")
+    file.seek(0)
 
 
 def _faiss() -> Any:

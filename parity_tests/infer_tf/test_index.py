@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -133,6 +135,69 @@ def test_files_that_are_no_index(towers, index, tmp_path):
     with pytest.raises(IndexFileError) as refused:
         AudioVisualIndex.load(tmp_path, towers)
     assert refused.value.code == "not_readable"
+
+
+def _npy(values):
+    stream = io.BytesIO()
+    np.save(stream, values)
+    return stream.getvalue()
+
+
+def _zipped(path, how=zipfile.ZIP_STORED, **members):
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data)
+    return path.read_bytes()
+
+
+def test_whatever_bytes_come_as_an_index_the_error_is_typed(towers, index, tmp_path):
+    path = tmp_path / "pairs.index"
+    index.save(path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        header = archive.read("header.npy")
+        vectors = archive.read("vectors.npy")
+        place = next(one for one in archive.infolist() if one.filename == "vectors.npy").header_offset
+    directory = whole.index(b"PK\x01\x02")
+    shape = b"(14, 8), }" + b" " * 20
+    assert shape in vectors
+    cases = {
+        "npy": _npy(np.ones((2, 8), np.float32)),
+        "raw": _zipped(path, header=header, vectors=b"raw"),
+        "nothing": _zipped(path, header=header, vectors=b""),
+        "raw header": _zipped(path, header=b"{}", vectors=vectors),
+        "huge": _zipped(path, header=header, vectors=vectors.replace(shape, b"(%d, 8), }" % 10**21)),
+        "float64": _zipped(path, header=header, vectors=_npy(index.vectors.astype(np.float64))),
+        "flat": _zipped(path, header=header, vectors=_npy(index.vectors.ravel())),
+        "narrow": _zipped(path, header=header, vectors=_npy(np.ascontiguousarray(index.vectors[:, :5]))),
+    }
+    for name, offset, value in (("encrypted", 8, 1), ("version", 6, 99), ("method", 10, 97)):
+        data = bytearray(whole)
+        data[directory + offset] = data[place + offset - 2] = value
+        cases[name] = bytes(data)
+    for name, data in cases.items():
+        path.write_bytes(data)
+        with pytest.raises(IndexFileError, match="damaged") as refused:
+            AudioVisualIndex.load(path, towers)
+        assert refused.value.code == "corrupt", name
+
+
+def test_an_index_takes_no_more_memory_than_it_has_bytes(towers, index, tmp_path):
+    path = tmp_path / "pairs.index"
+    index.save(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
+    _zipped(path, **members)
+    assert AudioVisualIndex.load(path, towers).entries == index.entries
+    _zipped(path, zipfile.ZIP_DEFLATED, **members)
+    with pytest.raises(IndexFileError, match="compressed"):
+        AudioVisualIndex.load(path, towers)
+    whole = bytearray(_zipped(path, **members))
+    last = whole.rindex(b"PK\x01\x02")
+    whole[last + 24 : last + 28] = (len(whole) + 1).to_bytes(4, "little")
+    path.write_bytes(whole)
+    with pytest.raises(IndexFileError, match="more than the file's"):
+        AudioVisualIndex.load(path, towers)
 
 
 def test_impossible_searches(folder, towers, index):
