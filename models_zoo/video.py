@@ -47,6 +47,12 @@ MIDDLE = NUM_FRAMES // 2
 
 _SECONDS = 10
 
+_OPTIONS = {
+    # FFmpeg would take play lists as well, which name other files, and pictures.
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
+    "protocol_whitelist": "",  # nothing is opened beside the file given
+}
+
 
 def frame_indices(num_frames: int, rate: float) -> list[int]:
     """Return the indices of the ten frames of a video of ``num_frames`` at ``rate`` per second; short ones repeat some.
@@ -82,7 +88,7 @@ def read_video_frames(source: VideoSource, chosen: Sequence[int] = (MIDDLE,)) ->
     """Return frames of a video as pictures in RGB.
 
     Args:
-        source: path, bytes or binary file object.
+        source: path, bytes or binary file object of an MP4, MOV, Matroska, WebM or AVI.
         chosen: which of the ten evenly spaced frames, 0 to 9, in any order.
 
     Raises:
@@ -180,9 +186,11 @@ def _container(source: object) -> Iterator[tuple[Any, str]]:
         raise MissingDependencyError("videos need PyAV; install the extra: pip install 'crossfade[video]'") from None
     with opened(source, VideoDecodeError, "a path, bytes, or an open file") as (stream, name):
         try:
-            container = av.open(stream, mode="r")
+            container = av.open(stream, mode="r", options=_OPTIONS)
         except (av.error.FFmpegError, ValueError, OSError) as error:
-            raise VideoDecodeError(f"{name}: is no video FFmpeg knows: {error}", code="not_video") from None
+            raise VideoDecodeError(
+                f"{name}: is no video: {error}; use MP4, MOV, Matroska, WebM or AVI", code="not_video"
+            ) from None
         with container:
             try:
                 yield container, name

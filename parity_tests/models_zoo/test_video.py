@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from models_zoo.audio import load_audio
 from models_zoo.errors import VideoDecodeError
@@ -125,6 +126,31 @@ def test_bad_videos_have_a_code(code):
     with pytest.raises(VideoDecodeError) as caught:
         read(source, SPEC) if read is read_video_audio else read(source)
     assert caught.value.code == code
+
+
+def test_the_promised_containers_are_read_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for container, codec in (
+        ("mp4", "mpeg4"),
+        ("mov", "mpeg4"),
+        ("matroska", "ffv1"),
+        ("webm", "vp8"),
+        ("avi", "ffv1"),
+    ):
+        data = video(0.2, heard=False, container=container, codec=codec)
+        assert len(read_video_frames(data)) == 1, container
+        (tmp_path / f"ok.{container}").write_bytes(data)
+    others = [b"ffconcat version 1.0\nfile ok.mp4\n"]
+    for kind in ("PNG", "GIF"):
+        stream = io.BytesIO()
+        Image.new("RGB", (64, 48)).save(stream, kind)
+        others.append(stream.getvalue())
+    (tmp_path / "list.mp4").write_bytes(others[0])
+    for source in (*others, tmp_path / "list.mp4"):
+        for read in (read_video_frames, lambda source: read_video_audio(source, SPEC)):
+            with pytest.raises(VideoDecodeError, match="MP4, MOV, Matroska, WebM or AVI") as caught:
+                read(source)
+            assert caught.value.code == "not_video"
 
 
 def test_long_sound_is_refused():
