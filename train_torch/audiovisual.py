@@ -36,7 +36,8 @@ class Pretraining(lightning.LightningModule):
         cache_gib: memory for features that are the same in every epoch, see :class:`FeatureCache`.
 
     Raises:
-        SpecError: another model, changes to clips that need labels or mix clips, or masks that hide every token.
+        SpecError: another model, or one of clips of any length; changes to clips that need labels or mix clips; masks
+            that hide every token.
     """
 
     def __init__(
@@ -47,6 +48,12 @@ class Pretraining(lightning.LightningModule):
         if not isinstance(model, CAVMAE):
             raise SpecError(
                 f"model: got a {card.architecture!r} for task 'embedding'; pre-training takes a 'cavmae'", field="model"
+            )
+        if model.declared.dynamic_time:
+            raise SpecError(
+                "dynamic_time: pre-training hides tokens of whole clips, of audio_length frames; leave it out, and "
+                "give it to the classifier that begins with this network",
+                field="dynamic_time",
             )
         if settings.mix_probability or settings.mixup_alpha or settings.mixup_weights:
             raise SpecError(

@@ -34,7 +34,6 @@ from models_zoo.errors import CheckpointError, DataError, DeviceError, MissingDe
 from models_zoo.files import replacing
 from models_zoo.images import ImageSpec
 from models_zoo.presets import get_frontend
-from models_zoo.specs import FrontendSpec
 from train_torch.audiovisual import Pretraining
 from train_torch.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train_torch.classifier import Classifier, selected_by
@@ -375,21 +374,13 @@ def _fresh(recipe: Recipe, dataset: Dataset, name: str) -> tuple[nn.Module, Mode
         name,
         recipe.model,
         model=model,
-        frontend=_as_long_as(spec, model) if hears else None,
+        frontend=None if not hears else model.fitted(spec) if isinstance(model, Towers) else spec,
         image=ImageSpec(size=cast(Towers, model).declared.image_size) if looks else None,
         task=recipe.task,
         labels=None if recipe.task == "embedding" else dataset.labels,
         **({"length_policy": policy} if hears else {}),
     )
     return model, card
-
-
-def _as_long_as(spec: FrontendSpec, model: nn.Module) -> FrontendSpec:
-    """Return ``spec`` with as many frames as a CAV-MAE has places for, or with those of the clip where any will do."""
-    if not isinstance(model, Towers) or spec.frames is None:
-        return spec
-    declared = model.declared
-    return spec.replace(frames=None if declared.dynamic_time else spec.frames.replace(count=declared.audio_length))
 
 
 def _teacher(

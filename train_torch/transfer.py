@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from models_zoo.cards import LengthPolicy
-from models_zoo.errors import CheckpointError
+from models_zoo.errors import CheckpointError, SpecError
 from train_torch.checkpoint import Checkpoint, load_checkpoint
 from train_torch.costs import count_costs
 from train_torch.models import create_model, new_card
@@ -107,9 +107,11 @@ def fine_tuned_towers(
         path, card, checkpoints: see :func:`load_checkpoint`.
         labels: class names in order.
         task: of the new card.
-        options: ``mode`` and others that are no matter of the towers.
+        options: ``mode`` and others that are no matter of the towers, and ``dynamic_time`` for clips of any length from
+            now on. The rest of the towers are the checkpoint's, and may only be said again.
 
     Raises:
+        SpecError: an option of the towers that the checkpoint has otherwise.
         CheckpointError: the checkpoint cannot be loaded, is no CAV-MAE, or lacks the towers the mode needs.
     """
     loaded = load_checkpoint(path, card, checkpoints=checkpoints)
@@ -118,8 +120,17 @@ def fine_tuned_towers(
             f"{path}: {loaded.card.name!r} is a {loaded.card.architecture!r}; a {architecture!r} begins with a "
             "pre-trained 'cavmae', or a fine-tuned 'cavmaeft'"
         )
+    chosen = dict(options or {})
     towers = {name: getattr(loaded.model.declared, name) for name in TowerOptions.model_fields}
-    model = cast(CAVMAEFT, create_model(architecture, **{**dict(options or {}), **towers, "num_classes": len(labels)}))
+    for name, value in towers.items():
+        # Any towers answer to shorter clips; to fill clips up takes a value that a front end without filler has not.
+        if chosen.get(name, value) != value and (name, value) != ("dynamic_time", False):
+            raise SpecError(
+                f"{name}: got {chosen[name]!r}; the towers of {loaded.card.name!r} ({path}) have {value!r}, which "
+                "stands; leave it out, or begin with another network",
+                field=name,
+            )
+    model = cast(CAVMAEFT, create_model(architecture, **{**towers, **chosen, "num_classes": len(labels)}))
     fresh, given = model.state_dict(), loaded.model.state_dict()
     same = isinstance(loaded.model, CAVMAEFT) and loaded.model.declared.mode == model.declared.mode
     kept = {
@@ -135,12 +146,12 @@ def fine_tuned_towers(
             f"{model.declared.mode!r} needs; begin with a network of both modalities, or choose mode 'audioonly'"
         )
     model.load_state_dict({**fresh, **kept}, strict=True)
-    needed = {part.source for part in model.inputs}
+    needed, frontend = {part.source for part in model.inputs}, loaded.card.frontend
     described = new_card(
         loaded.card.name,
         architecture,
         model=model,
-        frontend=loaded.card.frontend if "frontend" in needed else None,
+        frontend=model.fitted(frontend) if "frontend" in needed and frontend is not None else None,
         image=loaded.card.image if "image" in needed else None,
         task=task,
         labels=tuple(labels),

@@ -77,7 +77,7 @@ def network(name="cavmaeft", task="single_label", classes=LABELS, **options):
     head = {} if name == "cavmae" else {"num_classes": len(classes)}
     model = create_model(name, **{**TOWERS, **(DECODER if name == "cavmae" else {}), **head, **options})
     spec = get_frontend("cav_mae")
-    spec = spec.replace(mel=spec.mel.replace(n_mels=32), frames=spec.frames.replace(count=32))
+    spec = spec.replace(mel=spec.mel.replace(n_mels=32), frames=spec.frames.replace(count=model.declared.audio_length))
     sources = {part.source for part in model.inputs}
     card = new_card(
         "tiny",
@@ -469,6 +469,14 @@ def test_a_diverged_pretraining_says_so():
         learner.on_validation_epoch_end()
 
 
+def test_pretraining_takes_whole_clips():
+    model, card = network("cavmae", "embedding")
+    model.declared = model.declared.replace(dynamic_time=True)
+    with pytest.raises(SpecError, match="dynamic_time: pre-training") as refused:
+        Pretraining(model, card, PRE)
+    assert refused.value.field == "dynamic_time"
+
+
 def test_pretraining_that_cannot_be():
     with pytest.raises(SpecError, match="takes a 'cavmae'"):
         Pretraining(*network(), PRE)
@@ -523,6 +531,29 @@ def test_a_classifier_begins_with_the_pretrained_towers(pretrained, pairs, tmp_p
     other = {"mode": "missingaudioonly"}
     turned = fine_tuned_towers("cavmaeft", tmp_path / "model.safetensors", LABELS, "single_label", options=other)
     assert {key.split(".")[0] for key in turned.replaced} == {"mlp_head"}
+
+
+def test_a_classifier_of_clips_of_any_length_begins_with_towers_of_one_length(pairs, tmp_path):
+    model, card = network("cavmae", "embedding", audio_length=64)
+    save_checkpoint(tmp_path / "towers.safetensors", model, card)
+    recipe = TUNE.replace(fine_tuning=True, epochs=1, model_options={"mode": "audioonly", "dynamic_time": True})
+    fit(pairs, tmp_path / "run", recipe, init=tmp_path / "towers.safetensors", progress=False)
+    tuned = load_checkpoint(tmp_path / "run" / "model.safetensors")
+    assert tuned.card.options["dynamic_time"] is True
+    assert tuned.card.frontend.frames is None
+    assert tuned.card.inputs[0].axes == ("batch", "time", "32")
+    # 16 to 64 frames of 160 samples, windows of 400.
+    assert (tuned.card.length_policy.min, tuned.card.length_policy.max) == (400 + 15 * 160, 400 + 64 * 160 - 1)
+    assert torch.equal(tuned.model.pos_embed_v, model.pos_embed_v)
+
+
+@pytest.mark.parametrize("option", [{"depth": 4}, {"audio_length": 48}])
+def test_towers_are_those_of_the_checkpoint(pretrained, option):
+    path = pretrained / "model.safetensors"
+    with pytest.raises(SpecError, match=r"the towers of .* have") as refused:
+        fine_tuned_towers("cavmaeft", path, LABELS, "single_label", options=option)
+    assert refused.value.field == next(iter(option))
+    fine_tuned_towers("cavmaeft", path, LABELS, "single_label", options=TOWERS)
 
 
 def test_towers_that_do_not_fit_are_refused(pretrained, tmp_path):

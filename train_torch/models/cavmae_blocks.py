@@ -17,6 +17,7 @@ from torch.nn import functional
 from models_zoo.cards import ModelInput
 from models_zoo.errors import CardError, ClipLengthError, SpecError
 from models_zoo.schema import Declaration
+from models_zoo.specs import FrontendSpec
 
 __all__ = ["PATCH", "Block", "Stream", "TowerOptions", "Towers", "initialise", "position_table", "through"]
 
@@ -189,6 +190,13 @@ class Towers(nn.Module):
     def max_frames(self) -> int | None:
         """Most frames of features the network takes; None where the front end fills them up."""
         return self.declared.audio_length if self.declared.dynamic_time else None
+
+    def fitted(self, spec: FrontendSpec) -> FrontendSpec:
+        """Return a front end with as many frames as the network has places for, or those of the clip where any do."""
+        if spec.frames is None:
+            return spec
+        options = self.declared
+        return spec.replace(frames=None if options.dynamic_time else spec.frames.replace(count=options.audio_length))
 
     @property
     def _heard(self) -> ModelInput:
