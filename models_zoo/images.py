@@ -11,7 +11,7 @@ from typing import BinaryIO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from models_zoo.errors import ImageDecodeError, SpecError
@@ -42,6 +42,16 @@ _MOST_STRETCHED = 64
 """Greatest ratio of a picture's sides: more would be resized to a strip far larger than what is cropped out of it."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -82,8 +92,9 @@ def load_image(source: ImageSource, spec: ImageSpec) -> NDArray[np.float32]:
 def read_image(source: ImageSource) -> Image.Image:
     """Return a decoded picture in RGB, upright.
 
-    A picture that states how it is to be turned (EXIF) is turned. Transparency is dropped. 16 bits become 8 by leaving
-    out the lower ones, grey becomes red = green = blue, CMYK is converted without a colour profile.
+    A picture that states how it is to be turned (EXIF) is turned; EXIF that cannot be read is passed over. Transparency
+    is dropped. 16 bits become 8 by leaving out the lower ones, grey becomes red = green = blue, CMYK is converted
+    without a colour profile.
 
     Args:
         source: path, bytes or file object of a JPEG, PNG or WebP; or an array, ``(height, width, 3)`` or
@@ -116,8 +127,7 @@ def _decoded(stream: BinaryIO, name: str) -> Image.Image:
                     code="animated",
                 )
             picture.load()
-            upright: Image.Image = ImageOps.exif_transpose(picture)
-            return _in_rgb(upright)
+            return _in_rgb(_upright(picture))
     except UnidentifiedImageError:
         code = _code_of(stream)
         what = "of another format" if code == "unsupported" else "no picture"
@@ -163,6 +173,15 @@ def _code_of(stream: BinaryIO) -> Literal["unsupported", "not_image"]:
             return "unsupported"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "not_image"
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Return the picture turned as its EXIF says; as it is where that cannot be read."""
+    try:
+        turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever Pillow raises on odd EXIF: struct.error, TypeError, AttributeError among others
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _in_rgb(picture: Image.Image) -> Image.Image:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 import tracemalloc
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from models_zoo.errors import ImageDecodeError, SpecError
 from models_zoo.images import ImageSpec, crop_image, load_image, normalise_image, read_image
@@ -87,6 +88,39 @@ def test_pictures_are_turned_upright():
     exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
     turned = load_image(encoded(picture, "PNG", exif=exif), SPEC)
     assert np.array_equal(turned, load_image(np.asarray(picture.rotate(-90, expand=True)), SPEC))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_that_of_pillow(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(colours(24, 32)), "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(read_image(data)), np.asarray(expected))
+
+
+def tiff(*tags):
+    """Return EXIF of (tag, type, count, four bytes)."""
+    entries = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
+def test_odd_exif_is_no_reason_to_refuse_a_picture():
+    picture = Image.fromarray(colours(24, 32))
+    lying = (0x0112, 3, 1, b"\x06\0\0\0")
+    odd = tiff(lying, (0x010E, 11, 1, struct.pack("<f", 1.5)))  # a description that is a float
+    assert read_image(encoded(picture, "JPEG", exif=odd)).size == (24, 32)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        tags = [
+            (int(rng.choice([0x0112, 0x010E, 0x8769, 0x8825, 0x927C])), *map(int, rng.integers(0, 14, 2)), rng.bytes(4))
+            for _ in range(rng.integers(1, 4))
+        ]
+        size = read_image(encoded(picture, "JPEG", exif=tiff(lying, *tags))).size
+        assert size in ((24, 32), (32, 24))
+    for data in (b"", b"Exif\0\0", b"Exif\0\0II*\0", rng.bytes(64)):
+        assert read_image(encoded(picture, "JPEG", exif=data)).size == (32, 24)
 
 
 def test_sixteen_bits_keep_their_shades():
