@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -321,17 +321,26 @@ def _classifier(arguments: argparse.Namespace) -> TFAudioClassifier:
     )
 
 
-def _check_outputs(arguments: argparse.Namespace, *outputs: Path | None) -> None:
-    """Refuse, before any work, what could not be written after it."""
+def _check_outputs(
+    arguments: argparse.Namespace, outputs: Sequence[Path | None], inputs: Iterable[str | os.PathLike[str] | None]
+) -> None:
+    """Refuse, before any work, what could not be written after it, or would replace what is worked on."""
     from models_zoo.files import check_writable
 
+    given = [name for name in inputs if name is not None]
     for output in outputs:
         if output is not None:
             check_writable(output, force=arguments.force)
+            _refuse_inputs(output, given)
     if arguments.plot is not None:
         from infer_tf.plot import require_matplotlib
 
         require_matplotlib()
+
+
+def _refuse_inputs(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    if os.path.exists(output) and any(_same_file(output, name) for name in inputs):
+        raise _UsageError(f"{output} is also an input; choose another output")
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -360,12 +369,12 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise _UsageError("--plot takes one recording, without -o")
     if arguments.output is not None and (arguments.json or "-" in arguments.inputs):
         raise _UsageError("-o writes a table of files; leave out --json and '-'")
-    if arguments.output is not None and any(_same_file(arguments.output, name) for name in arguments.inputs):
-        raise _UsageError(f"{arguments.output} is also an input; choose another output")
-    _check_outputs(arguments, arguments.output, arguments.plot)
+    given = [*arguments.inputs, arguments.image, arguments.model, arguments.encoder]
+    _check_outputs(arguments, [arguments.output, arguments.plot], given)
 
     if arguments.output is not None:
         recordings = list_recordings(arguments.inputs)
+        _refuse_inputs(arguments.output, recordings)
         write = find_events if arguments.output.suffix.lower() in _EVENT_FILES else predict_files
         with _classifier(arguments) as classifier:
             request = replace(request, events=_event_options(arguments, classifier.labels))
@@ -398,7 +407,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         return 1 if failed else 0
 
 
-def _same_file(output: Path, name: str) -> bool:
+def _same_file(output: Path, name: str | os.PathLike[str]) -> bool:
     return os.path.exists(output) and os.path.exists(name) and os.path.samefile(output, name)
 
 
@@ -501,8 +510,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from infer_tf.evaluation import best_weights, compare_members, comparison_lines, evaluate, report_lines
     from models_zoo.dataset import read_dataset
 
-    _check_outputs(arguments, arguments.plot)
+    _check_outputs(arguments, [arguments.plot], [*arguments.model, arguments.encoder])
     dataset = read_dataset(arguments.data)
+    if arguments.plot is not None:
+        _refuse_inputs(arguments.plot, [path for one in dataset.records for path in (one.file, *one.images)])
     chosen = dataset.select(None if arguments.split == "all" else arguments.split)
     with _classifier(arguments) as classifier:
         if (arguments.members or arguments.fit_weights) and len(classifier.paths) < 2:
@@ -544,8 +555,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _index(arguments: argparse.Namespace) -> int:
     from infer_tf.index import AudioVisualIndex, list_files
 
-    _check_outputs(arguments, arguments.output)
+    tables = [Path(folder) / "metadata.csv" for folder in arguments.inputs]
+    _check_outputs(arguments, [arguments.output], [*arguments.inputs, *tables, arguments.model, arguments.encoder])
     files = list_files(arguments.inputs, None if arguments.split == "all" else arguments.split)
+    _refuse_inputs(arguments.output, [path for path, _ in files])
     with _classifier(arguments) as classifier:
         index = AudioVisualIndex.build(classifier, files)
         index.save(arguments.output, force=arguments.force)
@@ -562,13 +575,15 @@ def _search(arguments: argparse.Namespace) -> int:
     from infer_tf.classifier import TFAudioClassifier
     from infer_tf.index import AudioVisualIndex, kind_of
 
-    _check_outputs(arguments, arguments.plot)
+    _check_outputs(arguments, [arguments.plot], [arguments.query, arguments.index, arguments.model])
     kind = kind_of(arguments.query)
     if kind == "video":
         raise _UsageError(f"{arguments.query} is a video; search by its sound or by one of its pictures, as a file")
     model = arguments.model or AudioVisualIndex.model_of(arguments.index)
     with TFAudioClassifier(model, arguments.device, arguments.threads, max_seconds=arguments.max_seconds) as classifier:
         index = AudioVisualIndex.load(arguments.index, classifier)
+        if arguments.plot is not None:
+            _refuse_inputs(arguments.plot, [entry.path for entry in index.entries])
         query: dict[str, Any] = {kind: arguments.query}
         k = arguments.k or min(10, index.count(index.searched(kind, arguments.among)))
         matches = index.search(**query, k=k, among=arguments.among)
@@ -859,6 +874,8 @@ def _export_frontend(arguments: argparse.Namespace) -> int:
     from models_zoo.presets import get_frontend, list_frontends
 
     check_folder_writable(arguments.output, force=arguments.force)
+    if any(_same_file(arguments.output, folder) for folder in Path(arguments.source).resolve().parents):
+        raise _UsageError(f"{arguments.output} holds {arguments.source}; choose another folder")
     if arguments.source in list_frontends() and not os.path.exists(arguments.source):
         spec = get_frontend(arguments.source)
     else:

@@ -170,6 +170,48 @@ def test_index_and_search(capsys, tmp_path):
     assert "train" in err
 
 
+def test_no_output_replaces_what_was_given(capsys, tmp_path, monkeypatch):
+    """Links make each input an output that exists, whatever suffix the option wants."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "data"
+    root.mkdir()
+    write_pair(tmp_path / "towers.onnx", "towers")
+    write_pair(tmp_path / "joint.onnx", "joint")
+    write_pair(tmp_path / "pictures.onnx", "pictures")
+    soundfile.write(root / "a.wav", np.random.default_rng(0).standard_normal(RATE // 2) / 9, RATE)
+    for seed, name in enumerate(("data/a.png", "b.png")):
+        write_picture(tmp_path / name, seed)
+    (root / "metadata.csv").write_text(f"file,label,image,split\na.wav,{LABELS[0]},a.png,test\n")
+    for name in ("towers.onnx", "joint.onnx", "data/a.wav"):
+        (tmp_path / f"{name.replace('/', '-')}.png").hardlink_to(name)
+    (tmp_path / "sound.csv").hardlink_to("data/a.wav")
+    code, _, err = run(capsys, "index", "towers.onnx", "data", "-o", "pairs.index")
+    assert code == 0, err
+    (tmp_path / "pairs.png").hardlink_to("pairs.index")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for arguments in (
+        ("index", "towers.onnx", "data/a.png", "-o", "data/a.png"),
+        ("index", "towers.onnx", "data", "-o", "data/a.wav"),
+        ("index", "towers.onnx", "data", "-o", "data/metadata.csv"),
+        ("index", "towers.onnx", "data", "-o", "towers.onnx"),
+        ("predict", "pictures.onnx", "b.png", "--plot", "b.png"),
+        ("predict", "pictures.onnx", "--image", "b.png", "--plot", "./b.png"),
+        ("predict", "joint.onnx", "data/a.wav", "--image", "b.png", "--plot", "data-a.wav.png"),
+        ("predict", "joint.onnx", "data/a.wav", "--image", "b.png", "--plot", "joint.onnx.png"),
+        ("predict", "joint.onnx", "data", "-o", "sound.csv"),
+        ("search", "pairs.index", "b.png", "--plot", "b.png"),
+        ("search", "pairs.index", "b.png", "--plot", "pairs.png"),
+        ("search", "pairs.index", "b.png", "--plot", "data/a.png"),
+        ("evaluate", "joint.onnx", "--data", "data", "--plot", "data/a.png"),
+        ("evaluate", "joint.onnx", "--data", "data", "--plot", "joint.onnx.png"),
+    ):
+        code, _, err = run(capsys, *arguments, "--force")
+        assert (code, "also an input" in err) == (2, True), (arguments, err)
+    assert main(["export-frontend", "joint.onnx", "-o", str(tmp_path), "--force"]) == 2
+    assert "holds joint.onnx" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_evaluate_with_pictures(capsys):
     dataset = read_dataset("data").select("test")
     for kind in ("joint", "pictures"):
