@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models_zoo import metrics
 from models_zoo.cards import ModelCard
-from models_zoo.dataset import Group, read_dataset
+from models_zoo.dataset import Dataset, Group, read_dataset
 from models_zoo.decoding import probabilities_of
 from models_zoo.errors import CheckpointError, DataError, DeviceError
 from train_torch.checkpoint import load_checkpoint
@@ -258,7 +258,8 @@ def evaluate(
         checkpoints: folder with published checkpoints, see :func:`train_torch.download.checkpoint_folder`.
         split: one of the declared splits; None takes every clip.
         split_by, hold_out: score the clips of these speakers or folds, whatever their split.
-        frames: of several pictures of a clip, the ``middle`` one, or the mean of the answers to ``all``.
+        frames: of several pictures of a clip, the ``middle`` one, or the mean of the answers to ``all``, which
+            embeddings have not.
         mode: of a single CAV-MAE classifier, in place of its own, see :func:`train_torch.transfer.in_mode`.
         device: where to score.
         progress: show bars.
@@ -273,7 +274,12 @@ def evaluate(
         if mode is not None:
             loaded = in_mode(loaded, mode)
         if loaded.card.task == "embedding" and loaded.card.image is not None:
-            pairs = read_dataset(data).by_file().select(split)
+            if frames != "middle":
+                raise CheckpointError(
+                    f"frames: got {frames!r}; {loaded.card.name!r} embeds pairs, whose picture is the middle one; "
+                    "leave it out"
+                )
+            pairs = _clips_of(data, split, split_by, hold_out)
             clips = ClipData(pairs, loaded.card, Recipe(), progress=progress)
             return embed_pairs(loaded.model, loaded.card, clips, device=target)
         ensemble = Ensemble([(loaded.model, loaded.card)])
@@ -287,13 +293,18 @@ def evaluate(
         return evaluate_detector(detector, model, data, split=split, device=target, progress=progress)
     if model.labels is None or model.task not in get_args(Task):
         raise CheckpointError(f"{paths[0]}: task {model.task!r} without clip labels cannot be evaluated")
+    dataset = _clips_of(data, split, split_by, hold_out).with_labels(model.labels)
+    if model.task == "single_label" and dataset.is_multi_label:
+        raise DataError(f"{data}: some clips have several labels; model {model.name!r} answers with one")
+    recipe = Recipe(task=model.task)
+    return _score(ensemble, ClipData(dataset, model, recipe, progress=progress, frames=frames), target)
+
+
+def _clips_of(data: str | Path, split: str | None, split_by: Group | None, hold_out: tuple[str, ...]) -> Dataset:
+    """Return the clips of a split, or of the speakers or folds held out, whatever their split."""
     dataset = read_dataset(data).by_file()
     if hold_out and split_by is None:
         raise DataError(f"holding out {', '.join(hold_out)} needs to know of what: split by 'speaker' or 'fold'")
     if hold_out and split_by is not None:
         dataset = dataset.split_by_group(split_by, held_out=hold_out).select("test")
-    dataset = dataset.select(split).with_labels(model.labels)
-    if model.task == "single_label" and dataset.is_multi_label:
-        raise DataError(f"{data}: some clips have several labels; model {model.name!r} answers with one")
-    recipe = Recipe(task=model.task)
-    return _score(ensemble, ClipData(dataset, model, recipe, progress=progress, frames=frames), target)
+    return dataset.select(split)

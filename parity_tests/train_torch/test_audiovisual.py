@@ -385,6 +385,29 @@ def test_a_pretraining_run_leaves_a_model_and_its_retrieval(pretrained, pairs, c
     assert last < first
 
 
+def test_pairs_of_one_speaker_are_scored_alone(pairs, tmp_path):
+    model, card = network("cavmae", "embedding")
+    path = tmp_path / "towers.safetensors"
+    save_checkpoint(path, model, card)
+    head, *rows = (pairs / "metadata.csv").read_text().splitlines()
+    column = head.split(",").index("speaker")
+    for i, row in enumerate(rows):
+        cells = row.split(",")
+        cells[column] = "anna" if i < 4 else "ben"
+        rows[i] = ",".join(cells)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "metadata.csv").write_text("\n".join([head, *rows]) + "\n")
+    for name in ("audio", "images"):
+        (data / name).symlink_to(pairs / name)
+    found = evaluate(path, data, split_by="speaker", hold_out=("anna",), progress=False)
+    assert sorted(found.files) == [row.split(",")[0] for row in rows[:4]]
+    with pytest.raises(DataError, match="no speaker called 'carl'"):
+        evaluate(path, data, split_by="speaker", hold_out=("carl",), progress=False)
+    with pytest.raises(CheckpointError, match="frames: got 'all'"):
+        evaluate(path, data, frames="all", progress=False)
+
+
 def test_a_resumed_pretraining_ends_as_an_uninterrupted_one(pretrained, pairs, tmp_path, monkeypatch):
     original = train.RunFolder.on_train_epoch_end
 
