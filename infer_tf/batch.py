@@ -277,7 +277,8 @@ def predict_files(
 
     Args:
         classifier: the model.
-        recordings: paths; each gets a row (one per window where windows are asked for), in order.
+        recordings: paths; each gets a row (one per window where windows are asked for, or chosen by
+            :func:`hearing_all`), in order.
         output: a ``.csv`` or ``.jsonl`` file.
         request: what to predict.
         force: replace an existing file.
@@ -294,7 +295,8 @@ def predict_files(
         for recording in tqdm(recordings, unit="file", file=sys.stderr, disable=None):
             name = os.fspath(recording)
             try:
-                for prediction in scores_of(classifier, recording, request):
+                chosen = hearing_all(classifier, recording, request)
+                for prediction in scores_of(classifier, recording, chosen):
                     write({"file": name, **prediction.to_dict(classes)})
             except _CLIP_ERRORS as error:
                 failed += 1

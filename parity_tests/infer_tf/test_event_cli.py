@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import numpy as np
@@ -88,6 +89,15 @@ def test_a_model_that_crops_hears_a_long_recording_in_windows(run, folder, tmp_p
     assert note in written.err
     rows = read_events(tmp_path / "events.tsv")
     assert [len(events) for events in rows.values()] == [len(short), len(found)]
+    tabled = run("predict", model, folder / "a.wav", folder / "b.wav", "-o", tmp_path / "events.jsonl")
+    assert note in tabled.err
+    said = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    for name, events in (("a", short), ("b", found)):
+        of_one = [event for row in said if row["file"] == str(folder / f"{name}.wav") for event in row["events"]]
+        assert of_one == [vars(event) for event in events]
+    run("predict", model, folder / "b.wav", "-o", tmp_path / "scores.csv")
+    with (tmp_path / "scores.csv").open(newline="") as stream:
+        assert max(float(row["end"]) for row in csv.DictReader(stream)) > 12
     plotted = run("predict", model, folder / "b.wav", "--plot", tmp_path / "b.png")
     assert listed(plotted.out) == times(found)
 
