@@ -19,7 +19,7 @@ from PIL import Image
 from models_zoo.audio import MAX_SECONDS, Resampler, checked_rate, mix_channels
 from models_zoo.errors import MissingDependencyError, VideoDecodeError
 from models_zoo.files import opened
-from models_zoo.images import MAX_PIXELS
+from models_zoo.images import MAX_PIXELS, ImageSpec, crop_image
 from models_zoo.specs import FrontendSpec
 
 __all__ = [
@@ -47,7 +47,18 @@ MIDDLE = NUM_FRAMES // 2
 
 _SECONDS = 10
 
+_TURNS = {
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
+"""By degrees counterclockwise, as PyAV states them; players turn frames by no others."""
+
+_LIMITS = {"max_pixels": str(2 * MAX_PIXELS)}
+"""Of a decoder: frames need not keep to what the header states. Twice as many, for decoders round sizes up."""
+
 _OPTIONS = {
+    **_LIMITS,  # already here a frame may be decoded
     # FFmpeg would take play lists as well, which name other files, and pictures.
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
     "protocol_whitelist": "",  # nothing is opened beside the file given
@@ -84,24 +95,28 @@ def chosen_frames(frames: str | int | Sequence[int]) -> tuple[int, ...]:
     return tuple(cast(Sequence[int], chosen))
 
 
-def read_video_frames(source: VideoSource, chosen: Sequence[int] = (MIDDLE,)) -> list[Image.Image]:
-    """Return frames of a video as pictures in RGB.
+def read_video_frames(
+    source: VideoSource, chosen: Sequence[int] = (MIDDLE,), crop: ImageSpec | None = None
+) -> list[Image.Image]:
+    """Return frames of a video as pictures in RGB, turned as the video says they are shown.
 
     Args:
         source: path, bytes or binary file object of an MP4, MOV, Matroska, WebM or AVI.
         chosen: which of the ten evenly spaced frames, 0 to 9, in any order.
+        crop: cut each frame at once to what :func:`models_zoo.images.crop_image` leaves of it; None for whole frames.
 
     Raises:
         VideoDecodeError: with ``code`` ``not_found``, ``not_readable``, ``type``, ``empty``, ``not_video``,
             ``no_video`` (sound alone), ``no_frames``, ``too_large`` or ``corrupt``; or ``type`` for a frame that is
             not 0 to 9.
+        ImageDecodeError: frames too stretched for ``crop``; ``code`` ``aspect``.
         MissingDependencyError: PyAV is not installed.
     """
     chosen = chosen_frames(chosen)
     with _container(source) as (container, name):
         stream = _stream_of(container, "video", name)
-        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-            raise VideoDecodeError(f"{name}: its frames have more than {MAX_PIXELS} pixels", code="too_large")
+        _check_pixels(stream.codec_context, name)
+        stream.codec_context.options = _LIMITS
         # Many containers state no number of frames, and some a wrong one.
         count = sum(packet.size > 0 for packet in container.demux(stream))
         if not count:
@@ -113,14 +128,15 @@ def read_video_frames(source: VideoSource, chosen: Sequence[int] = (MIDDLE,)) ->
         kept: dict[int, Image.Image] = {}
         frame = None
         for index, frame in enumerate(container.decode(stream)):
+            _check_pixels(frame, name)
             if index in wanted:
-                kept[index] = frame.to_image()
+                kept[index] = _shown(frame, crop)
             if index >= max(wanted):
                 break
         if frame is None:
             raise VideoDecodeError(f"{name}: no frame of it can be decoded; get a whole copy", code="corrupt")
         # A container may count a frame or two that are never shown: the last one stands for them.
-        return [kept[index] if index in kept else frame.to_image() for index in wanted]
+        return [kept[index] if index in kept else _shown(frame, crop) for index in wanted]
 
 
 def read_video_audio(
@@ -150,7 +166,14 @@ def read_video_audio(
         blocks: list[NDArray[np.float32]] = []
         count = 0
         for frame in container.decode(stream):
-            for part in planar.resample(frame):
+            try:
+                parts = planar.resample(frame)
+            except ValueError:
+                raise VideoDecodeError(
+                    f"{name}: its sound changes its rate, channels or type midway; cut it there, or convert it to one",
+                    code="corrupt",
+                ) from None
+            for part in parts:
                 block = np.asarray(part.to_ndarray().T, np.float32)
                 count += len(block)
                 if count > max_seconds * rate:
@@ -168,6 +191,20 @@ def read_video_audio(
                 code="corrupt",
             )
         return waveform
+
+
+def _check_pixels(sized: Any, name: str) -> None:
+    if sized.width * sized.height > MAX_PIXELS:
+        raise VideoDecodeError(f"{name}: a frame has more than {MAX_PIXELS} pixels; make it smaller", code="too_large")
+
+
+def _shown(frame: Any, crop: ImageSpec | None) -> Image.Image:
+    """Return a decoded frame as it is shown, or what is cropped out of it."""
+    picture: Image.Image = frame.to_image()
+    turn = _TURNS.get(frame.rotation % 360)
+    if turn is not None:
+        picture = picture.transpose(turn)
+    return picture if crop is None else Image.fromarray(crop_image(picture, crop))
 
 
 def _stream_of(container: Any, kind: str, name: str) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
+import weakref
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -14,6 +17,7 @@ from PIL import Image
 
 from models_zoo.audio import load_audio
 from models_zoo.errors import VideoDecodeError
+from models_zoo.images import ImageSpec, crop_image, load_image
 from models_zoo.presets import get_frontend
 from models_zoo.video import MIDDLE, frame_indices, read_video_audio, read_video_frames
 
@@ -151,6 +155,92 @@ def test_the_promised_containers_are_read_and_no_others(tmp_path, monkeypatch):
             with pytest.raises(VideoDecodeError, match="MP4, MOV, Matroska, WebM or AVI") as caught:
                 read(source)
             assert caught.value.code == "not_video"
+
+
+def test_a_frame_larger_than_stated_is_refused():
+    def jpeg(width, height):
+        stream = io.BytesIO()
+        Image.new("L", (width, height)).save(stream, "JPEG")
+        return stream.getvalue()
+
+    small, large, huge = (32, 32), (8200, 8000), (16000, 9000)
+    for sizes, code in (
+        ((small, large, small), "too_large"),
+        ((large, small, small), "too_large"),
+        ((small, huge, small), "corrupt"),
+        ((huge, small, small), "corrupt"),
+    ):
+        stream = io.BytesIO()
+        with av.open(stream, "w", format="avi") as output:
+            track = output.add_stream("mjpeg", rate=5)
+            track.width, track.height, track.pix_fmt = 32, 32, "yuvj420p"
+            for index, data in enumerate(jpeg(*size) for size in sizes):
+                packet = av.Packet(data)
+                packet.stream, packet.pts, packet.dts, packet.is_keyframe = track, index, index, True
+                output.mux(packet)
+        with pytest.raises(VideoDecodeError) as caught:
+            read_video_frames(stream.getvalue(), range(10))
+        assert caught.value.code == code
+
+
+def test_frames_are_cropped_as_they_come(monkeypatch):
+    spec = ImageSpec(size=20)
+    data = video()
+    whole = read_video_frames(data, range(10))
+    seen, most = [], []
+
+    def watched(picture, spec):
+        seen.append(weakref.ref(picture))
+        most.append(sum(one() is not None for one in seen))
+        return crop_image(picture, spec)
+
+    monkeypatch.setattr("models_zoo.video.crop_image", watched)
+    cropped = read_video_frames(data, range(10), spec)
+    assert most == [1] * 10, "no whole frame is kept"
+    for one, other in zip(whole, cropped, strict=True):
+        assert other.size == (20, 20)
+        assert np.array_equal(load_image(np.asarray(one), spec), load_image(np.asarray(other), spec))
+
+
+@pytest.mark.parametrize(
+    ("turns", "matrix"), [(1, (0, -1, 0, 1, 0)), (2, (-1, 0, 0, 0, -1)), (3, (0, 1, 0, -1, 0)), (0, (1, 0, 0, 0, 1))]
+)
+def test_frames_are_turned_as_they_are_shown(turns, matrix):
+    grey = np.zeros((48, 64, 3), np.uint8)
+    grey[:24, :32] = 200
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as output:
+        track = output.add_stream("mpeg4", rate=5)
+        track.width, track.height, track.pix_fmt = 64, 48, "yuv420p"
+        output.mux(track.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        output.mux(track.encode())
+    data = stream.getvalue()
+    at = data.index(b"tkhd") + 44  # the track's matrix: 16.16 numbers, the last 2.30
+    turned = struct.pack(">9i", *(value << 16 for value in (*matrix, 0, 0, 0)), 1 << 30)
+    shown = np.asarray(read_video_frames(data[:at] + turned + data[at + 36 :])[0])
+    expected = np.rot90(grey, turns)
+    assert shown.shape == expected.shape
+    assert np.abs(shown.astype(int) - expected).mean() < 10
+
+
+def test_sound_that_changes_midway_is_refused():
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="matroska") as output:
+        line = output.add_stream("mp2", rate=44100, layout="stereo", format="s16")
+        for rate, layout, channels in ((44100, "stereo", 2), (22050, "mono", 1)):
+            encoder = av.CodecContext.create("mp2", "w")
+            encoder.sample_rate, encoder.layout, encoder.format = rate, layout, "s16"
+            encoder.time_base = Fraction(1, rate)
+            encoder.open()
+            packed = av.AudioFrame.from_ndarray(np.zeros((1, 1152 * channels), np.int16), format="s16", layout=layout)
+            packed.sample_rate = rate
+            for _ in range(5):
+                for packet in encoder.encode(packed):
+                    packet.stream = line
+                    output.mux(packet)
+    with pytest.raises(VideoDecodeError, match="changes its rate, channels") as caught:
+        read_video_audio(stream.getvalue(), SPEC)
+    assert caught.value.code == "corrupt"
 
 
 def test_long_sound_is_refused():
