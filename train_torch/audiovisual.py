@@ -16,7 +16,7 @@ from train_torch.data import Batch
 from train_torch.evaluation import check_finite
 from train_torch.feature_cache import FeatureCache
 from train_torch.models.cavmae_pretrain import CAVMAE, Masking
-from train_torch.optim import configure, freeze
+from train_torch.optim import check_layer_decay, configure, freeze
 from train_torch.recipes import Recipe
 from train_torch.retrieval import Retrieval
 
@@ -37,7 +37,7 @@ class Pretraining(lightning.LightningModule):
 
     Raises:
         SpecError: another model, or one of clips of any length; changes to clips that need labels or mix clips; masks
-            that hide every token.
+            that hide every token; rates by depth.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Pretraining(lightning.LightningModule):
         self.card, self.recipe, self.settings, self.files = card, recipe, recipe.pretraining, files
         self.model = model.train()
         self.frozen = freeze(self.model, recipe.freeze)
+        check_layer_decay(self.model, recipe)
         frontend = training_frontend(card, settings)
         assert frontend is not None
         self.frontend = frontend

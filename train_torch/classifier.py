@@ -29,7 +29,7 @@ from train_torch.frontend import (
 )
 from train_torch.losses import balancing_weights, clip_loss, smoothed_positives, supcon_loss
 from train_torch.network_hooks import NetworkHooks
-from train_torch.optim import check_temperature, configure, freeze, keep_frozen, set_norm_momentum
+from train_torch.optim import check_layer_decay, check_temperature, configure, freeze, keep_frozen, set_norm_momentum
 from train_torch.recipes import Augmentation, Recipe
 
 __all__ = ["Classifier", "selected_by", "training_frontend"]
@@ -61,8 +61,8 @@ class Classifier(lightning.LightningModule):
     Raises:
         DataError: the loss is class-balanced and a class has no training clip; or a recipe that distils has no
             teacher, or a teacher no recipe that distils.
-        SpecError: the recipe asks for what the model does not have: parts to freeze, a temperature, an embedding, a
-            place to mix or mask at.
+        SpecError: the recipe asks for what the model does not have: parts to freeze, a temperature, an embedding,
+            layers in a row, a place to mix or mask at.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class Classifier(lightning.LightningModule):
             )
         check_temperature(self.model, recipe)
         self.frozen = freeze(self.model, recipe.freeze)
+        check_layer_decay(self.model, recipe)
         beta = recipe.loss.class_balanced
         weights = None if beta is None else balancing_weights(class_counts or {}, beta)
         self._class_weights: Tensor | None

@@ -12,9 +12,11 @@ from torch import nn
 
 from models_zoo.errors import SpecError
 from train_torch.models import Model
+from train_torch.models.cavmae_blocks import Towers
 from train_torch.recipes import Recipe
 
 __all__ = [
+    "check_layer_decay",
     "check_temperature",
     "configure",
     "factor_at",
@@ -187,6 +189,27 @@ def keep_frozen(model: nn.Module, frozen: Iterable[str]) -> None:
     for key in frozen:
         if key.endswith(ending):
             model.get_submodule(key.removesuffix(ending)).eval()
+
+
+def check_layer_decay(model: nn.Module, recipe: Recipe) -> None:
+    """Check that learning rates by depth reach everything that is trained.
+
+    Raises:
+        SpecError: the recipe has them, and the model is a CAV-MAE, whose blocks stand beside each other, or has trained
+            parameters in none of its layers.
+    """
+    if recipe.layer_decay is None:
+        return
+    layers = layers_of(model)
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    left = [name for name in trained if not _is_below(name, layers)]
+    if left or isinstance(model, Towers):
+        reason = f"{left[0]} and {len(left) - 1} more belong to no layer" if left else "its blocks are not in a row"
+        raise SpecError(
+            f"layer_decay: got {recipe.layer_decay}; of a {type(model).__name__} {reason}; leave it out, and set the "
+            "head's rate with head_lr",
+            field="layer_decay",
+        )
 
 
 def check_temperature(model: nn.Module, recipe: Recipe) -> None:

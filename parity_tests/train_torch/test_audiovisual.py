@@ -243,6 +243,18 @@ def test_the_head_learns_faster_by_its_factor():
     assert len(configure(model, TUNE, 10)["optimizer"].param_groups) == 1
 
 
+@pytest.mark.parametrize("name", ["cavmaeft", "cavmae"])
+@pytest.mark.parametrize("freeze", [(), ("modality_a", "modality_v", "pos_embed_a", "pos_embed_v")])
+def test_towers_have_no_layers_in_a_row(name, freeze):
+    made, settings = network(name, "embedding" if name == "cavmae" else "single_label"), {"layer_decay": 0.8}
+    with pytest.raises(SpecError, match=r"layer_decay: got 0\.8") as refused:
+        if name == "cavmae":
+            Pretraining(*made, PRE.replace(freeze=freeze, **settings))
+        else:
+            Classifier(*made, TUNE.replace(freeze=freeze, **settings))
+    assert refused.value.field == "layer_decay"
+
+
 def test_rates_fall_in_steps():
     recipe = TUNE.replace(schedule="steps", steps_start=3, steps_every=2, epochs=8)
     factors = [factor_at(step, recipe, 16) for step in range(16)]

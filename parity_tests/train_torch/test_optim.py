@@ -9,8 +9,16 @@ from torch import nn
 from models_zoo.errors import SpecError
 from parity_tests.networks import card_of
 from train_torch.classifier import Classifier
-from train_torch.models import create_model
-from train_torch.optim import check_temperature, configure, factor_at, freeze, layers_of, published_factor
+from train_torch.models import create_model, list_architectures
+from train_torch.optim import (
+    check_layer_decay,
+    check_temperature,
+    configure,
+    factor_at,
+    freeze,
+    layers_of,
+    published_factor,
+)
 from train_torch.recipes import Recipe, TemperatureSchedule, get_recipe
 
 AUDIOSET = get_recipe("audioset")
@@ -126,6 +134,26 @@ def test_learning_rates_fall_from_the_head_to_the_stem(name, options):
         depth = next(i for i, layer in enumerate(layers) if key.startswith(layer + "."))
         assert rates[id(parameter)] == pytest.approx(1e-3 * 0.8 ** (len(layers) - 1 - depth), rel=1e-12), key
     assert groups[0]["initial_lr"] == 1e-3, "metrics.csv reports the first group's rate"
+
+
+def test_learning_rates_by_depth_reach_everything():
+    recipe, towers = Recipe(layer_decay=0.8), {"cavmae", "cavmaeft", "cavmaeft_audio"}
+    for name in sorted({*list_architectures()} - towers):
+        with torch.device("meta"):
+            model = create_model(name)
+        check_layer_decay(model, recipe)
+        groups = configure(model, recipe, 10)["optimizer"].param_groups
+        reached = {id(parameter) for group in groups for parameter in group["params"]}
+        assert reached == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}, name
+
+
+def test_a_parameter_in_no_layer_is_refused_by_name():
+    model = create_model("mn01", num_classes=2)
+    model.scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(SpecError, match="scale and 0 more belong to no layer") as refused:
+        Classifier(model, card_of(model, "mn01"), Recipe(layer_decay=0.8))
+    assert refused.value.field == "layer_decay"
+    Classifier(model, card_of(model, "mn01"), Recipe())
 
 
 def test_one_rate_without_layer_decay():
