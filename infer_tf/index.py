@@ -116,18 +116,21 @@ class AudioVisualIndex:
             progress: show a bar on standard error where that is a terminal.
 
         Raises:
-            DataError: no file, or one of a suffix that tells nothing.
+            DataError: no file, no path, one whose suffix tells nothing, or a name that is not UTF-8.
             ModelFileError: a file of a kind the model has no embedding for.
             AudioDecodeError, ImageDecodeError, VideoDecodeError, WaveformError: a file that cannot be read or embedded.
         """
-        given = [(one, None) if isinstance(one, (str, os.PathLike)) else one for one in files]
+        if isinstance(files, (str, bytes)) or not isinstance(files, Iterable):
+            raise DataError(f"files: got {type(files).__name__}; expected paths, or pairs of a path and a label")
+        given = [_path_and_label(one) for one in files]
+        _check_text(classifier.name)
         kinds = [kind_of(path) for path, _ in given]
         entries: list[Entry] = []
         vectors: list[NDArray[np.float32]] = []
         bar = tqdm(zip(given, kinds, strict=True), total=len(given), unit="file", disable=None if progress else True)
         for (path, label), kind in bar:
             for side, vector in _embedded(classifier, path, kind):
-                entries.append(Entry(path=os.fspath(path), kind=side, label=label))
+                entries.append(Entry(path=path, kind=side, label=label))
                 vectors.append(vector)
         if not vectors:
             raise DataError("no file to enter; an index needs at least one")
@@ -296,7 +299,8 @@ def list_files(inputs: Sequence[str | os.PathLike[str]], split: str | None = Non
                 for path in (record.file, *record.images):
                     found.setdefault(path, ";".join(record.labels) or None)
         elif item.is_dir():
-            below = sorted(path for path in item.rglob("*") if path.suffix.lower() in AudioVisualIndex.suffixes)
+            suffixes = AudioVisualIndex.suffixes
+            below = sorted(path for path in item.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
             if not below:
                 raise DataError(f"{item}: no sound, picture or video in this folder")
             found |= dict.fromkeys(below)
@@ -305,16 +309,35 @@ def list_files(inputs: Sequence[str | os.PathLike[str]], split: str | None = Non
     return list(found.items())
 
 
+def _path_and_label(one: object) -> tuple[str, str | None]:
+    """Return what :meth:`AudioVisualIndex.build` is given of one file, once it is known that an index can hold it."""
+    pair = one if isinstance(one, (tuple, list)) else (one, None)
+    path, label = pair if len(pair) == 2 else (None, None)
+    path = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(path, str) or not (label is None or isinstance(label, str)):
+        raise DataError(f"files: got {one!r:.120}; expected a path, or a pair of a path and a label (a str, or None)")
+    _check_text(path)
+    _check_text(label or "")
+    return path, label
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{text!r} is not UTF-8, which an index is written in; rename it") from None
+
+
 def _embedded(
-    classifier: TFAudioClassifier, path: str | os.PathLike[str], kind: Literal["audio", "image", "video"]
+    classifier: TFAudioClassifier, path: str, kind: Literal["audio", "image", "video"]
 ) -> Iterator[tuple[Kind, NDArray[np.float32]]]:
     """Yield what is entered of a file."""
     if kind == "audio":
-        yield "audio", classifier.embed_audio(os.fspath(path))
+        yield "audio", classifier.embed_audio(path)
     elif kind == "image":
-        yield "image", classifier.embed_image(os.fspath(path))
+        yield "image", classifier.embed_image(path)
     else:
-        yield from _sides_of(classifier, os.fspath(path))
+        yield from _sides_of(classifier, path)
 
 
 def _sides_of(classifier: TFAudioClassifier, path: str) -> Iterator[tuple[Kind, NDArray[np.float32]]]:

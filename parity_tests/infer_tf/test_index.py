@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import zipfile
 
@@ -11,7 +12,7 @@ import pytest
 import soundfile
 
 from infer_tf import AudioVisualIndex, TFAudioClassifier
-from infer_tf.index import Entry
+from infer_tf.index import Entry, list_files
 from models_zoo.errors import (
     AudioDecodeError,
     DataError,
@@ -218,6 +219,32 @@ def test_impossible_searches(folder, towers, index):
         AudioVisualIndex(towers, [Entry(path="a", kind="image")], np.zeros((1, WIDTH), np.float32))
     with pytest.raises(AudioDecodeError, match="missing"):
         AudioVisualIndex.build(towers, [folder / "missing.wav"])
+
+
+def test_what_no_index_can_hold_is_refused_before_any_work(folder, towers, tmp_path, monkeypatch):
+    monkeypatch.setattr(towers, "embed_image", lambda path: pytest.fail(f"{path} was embedded"))
+    good, stray = str(folder / "1.png"), os.fsdecode(b"caf\xe9.png")
+    for files, message in (
+        ([good, stray], r"caf\\udce9\.png' is not UTF-8"),
+        ([good, (good, "caf\udce9")], r"caf\\udce9' is not UTF-8"),
+        ([good, good.encode()], "expected a path, or a pair"),
+        ([good, (good, "label", 3)], "expected a path, or a pair"),
+        ([good, (good, 3)], "expected a path, or a pair"),
+        ([good, None], "got None; expected a path"),
+        (None, "got NoneType; expected paths"),
+        (good, "got str; expected paths"),
+    ):
+        with pytest.raises(DataError, match=message):
+            AudioVisualIndex.build(towers, files)
+    model = write_pair(tmp_path / os.fsdecode(b"caf\xe9.onnx"), "towers")
+    with TFAudioClassifier(model, threads=1) as stray_model, pytest.raises(DataError, match="UTF-8"):
+        AudioVisualIndex.build(stray_model, [good])
+
+
+def test_folders_are_listed_by_their_files(folder, tmp_path):
+    (tmp_path / "d.wav").mkdir()
+    (tmp_path / "d.wav" / "a.wav").symlink_to(folder / "1.wav")
+    assert list_files([tmp_path]) == [(tmp_path / "d.wav" / "a.wav", None)]
 
 
 def test_a_joint_model_makes_no_index(folder, tmp_path):
