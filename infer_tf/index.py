@@ -287,7 +287,8 @@ def list_files(inputs: Sequence[str | os.PathLike[str]], split: str | None = Non
     """Return the files that paths and folders name, with their labels where these are known.
 
     A folder with a ``metadata.csv`` stands for the sounds and pictures in it, or those of a ``split``, labelled as it
-    says; any other folder for the sounds, pictures and videos below it, sorted by path.
+    says; any other folder for the sounds, pictures and videos below it, sorted by path. A file that is named twice is
+    listed once, with its label.
 
     Raises:
         DataError: a folder without any, or with a table that cannot be read.
@@ -295,17 +296,21 @@ def list_files(inputs: Sequence[str | os.PathLike[str]], split: str | None = Non
     found: dict[Path, str | None] = {}
     for item in map(Path, inputs):
         if (item / "metadata.csv").is_file():
-            for record in read_dataset(item).select(split).records:
-                for path in (record.file, *record.images):
-                    found.setdefault(path, ";".join(record.labels) or None)
+            named = [
+                (path, ";".join(record.labels) or None)
+                for record in read_dataset(item).select(split).records
+                for path in (record.file, *record.images)
+            ]
         elif item.is_dir():
             suffixes = AudioVisualIndex.suffixes
             below = sorted(path for path in item.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
             if not below:
                 raise DataError(f"{item}: no sound, picture or video in this folder")
-            found |= dict.fromkeys(below)
+            named = [(path, None) for path in below]
         else:
-            found[item] = None
+            named = [(item, None)]
+        for path, label in named:
+            found[path] = found.get(path) or label
     return list(found.items())
 
 

@@ -247,6 +247,24 @@ def test_folders_are_listed_by_their_files(folder, tmp_path):
     assert list_files([tmp_path]) == [(tmp_path / "d.wav" / "a.wav", None)]
 
 
+def test_a_label_is_kept_however_else_its_file_is_named(folder, tmp_path):
+    labelled, outer = tmp_path / "outer" / "labelled", tmp_path / "outer"
+    labelled.mkdir(parents=True)
+    for name in ("a.wav", "b.wav"):
+        (labelled / name).symlink_to(folder / "1.wav")
+    (labelled / "metadata.csv").write_text("file,label,split\na.wav,dog,test\nb.wav,cat,test\n")
+    expected = {labelled / "a.wav": "dog", labelled / "b.wav": "cat"}
+    for inputs in (
+        [labelled],
+        [labelled, labelled / "a.wav"],
+        [labelled / "a.wav", labelled],
+        [labelled, outer],
+        [outer, labelled],
+    ):
+        found = list_files(inputs)
+        assert (dict(found), len(found)) == (expected, 2)
+
+
 def test_a_joint_model_makes_no_index(folder, tmp_path):
     with (
         TFAudioClassifier(write_pair(tmp_path / "joint.onnx", "joint"), threads=1) as joint,
