@@ -75,7 +75,8 @@ class Comparison:
         metric: what is compared, on the test split.
         seeds: in order.
         rows: a dict per run: recipe, seed, test and validation metrics, mean recall of the half of the classes with
-            the fewest and with the most training clips, best epoch, last training loss, seconds.
+            the fewest and with the most training clips, best epoch (None of averaged weights), last training loss,
+            seconds.
         differences: of every pair of recipes, in the order they were given.
     """
 

@@ -119,12 +119,17 @@ class LiveTeacher:
         self.ensemble.require_logits()
         self.origin: dict[str, Any] = {"kind": "teachers", "teachers": members}
         card = self.ensemble.card
-        assert card.frontend is not None
-        assert student.frontend is not None
+        for name, hears in ((f"teacher {card.name!r}", card.frontend), ("the student", student.frontend)):
+            if hears is None:
+                raise CardError(
+                    f"frontend: {name} looks at pictures alone, and a live teacher answers to the sound its student "
+                    "hears; store the teacher's logits (teach) and give these",
+                    field="frontend",
+                )
         _check_classes(card.labels or (), student.labels or (), f"teacher {card.name!r}")
         for field, theirs, ours in (
             ("task", card.task, student.task),
-            ("frontend.sample_rate", card.frontend.sample_rate, student.frontend.sample_rate),
+            ("frontend.sample_rate", card.sample_rate, student.sample_rate),
         ):
             if theirs != ours:
                 raise CardError(f"{field}: teacher {card.name!r} has {theirs}, the student {ours}", field=field)

@@ -394,6 +394,8 @@ def _teacher(
     """Return whom the recipe distils from, or None."""
     if teachers and teacher_logits is not None:
         raise DataError("got live teachers and stored logits; give one of them (--teacher or --teacher-logits)")
+    if recipe.pretraining is not None and (teachers or teacher_logits is not None):
+        raise DataError("a teacher was given, and pre-training learns from none; leave it out")
     if teachers:
         live = LiveTeacher(teachers, card, folder=checkpoints)
         _log.info("teachers: %s", ", ".join(one["name"] for one in live.origin["teachers"]))
@@ -423,7 +425,13 @@ def _finish(
     best = load_checkpoint(folder / "model.safetensors")
     splits = ["validation"] + (["test"] if test and any(record.split == "test" for record in dataset.records) else [])
     measured: dict[str, float] = {}
-    report: dict[str, Any] = {"model": best.card.name, "best_epoch": run.best_epoch, "epochs": len(run.history)}
+    averaged = best.card.provenance.get("averaged_epochs")
+    report: dict[str, Any] = {
+        "model": best.card.name,
+        "best_epoch": None if averaged else run.best_epoch,  # the model is that of no single epoch
+        "epochs": len(run.history),
+        **({"averaged_epochs": averaged} if averaged else {}),
+    }
     for split in splits:
         frames: Literal["middle", "all"] = "middle" if recipe.pretraining is not None else recipe.frames
         data = ClipData(dataset.select(split), best.card, recipe, cache_gib=cache_gib, frames=frames)

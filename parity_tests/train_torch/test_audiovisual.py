@@ -20,12 +20,22 @@ from train_torch.audiovisual import Pretraining
 from train_torch.checkpoint import load_checkpoint, save_checkpoint
 from train_torch.classifier import Classifier
 from train_torch.data import Batch, ClipData, EvaluationBatches, TrainingBatches
+from train_torch.distill import LiveTeacher
 from train_torch.evaluation import evaluate
 from train_torch.frontend import TorchFrontend
 from train_torch.losses import smoothed_positives
 from train_torch.models import create_model, new_card
 from train_torch.optim import configure, factor_at
-from train_torch.recipes import Augmentation, PretrainingRecipe, Recipe, SamplingRecipe, get_recipe
+from train_torch.recipes import (
+    Augmentation,
+    DistillationRecipe,
+    LossRecipe,
+    PretrainingRecipe,
+    Recipe,
+    SamplingRecipe,
+    TemperatureSchedule,
+    get_recipe,
+)
 from train_torch.retrieval import Retrieval, same_label
 from train_torch.train import fit
 from train_torch.transfer import fine_tuned_towers, in_mode
@@ -293,7 +303,8 @@ def test_the_model_is_the_mean_of_the_epochs_asked_for(pairs, tmp_path, monkeypa
 
     monkeypatch.setattr(EpochMean, "on_train_epoch_end", noted)
     recipe = TUNE.replace(epochs=3, average_epochs=(2, 3), augmentation=Augmentation(mix_probability=0.5))
-    fit(pairs, tmp_path / "run", recipe, progress=False)
+    report = fit(pairs, tmp_path / "run", recipe, progress=False)
+    assert (report["best_epoch"], report["averaged_epochs"]) == (None, [2, 3])
     loaded = load_checkpoint(tmp_path / "run" / "model.safetensors")
     for key, value in loaded.model.state_dict().items():
         assert torch.allclose(value, (kept[2][key] + kept[3][key]) / 2, atol=1e-7), key
@@ -321,6 +332,12 @@ def test_the_model_is_the_mean_of_the_epochs_asked_for(pairs, tmp_path, monkeypa
 def test_spans_of_epochs_that_are_none(span):
     with pytest.raises(SpecError, match="average_epochs"):
         TUNE.replace(epochs=3, average_epochs=span)
+
+
+def test_a_mean_of_epochs_needs_all_of_them():
+    with pytest.raises(SpecError, match="patience: got 2 with average_epochs") as refused:
+        TUNE.replace(epochs=3, average_epochs=(2, 3), patience=2)
+    assert refused.value.field == "patience"
 
 
 # Several devices
@@ -533,6 +550,49 @@ def test_a_hit_is_the_same_label_where_all_have_one():
     by_pair = Retrieval(tuple("abcd"), 0 * alike, audio, image).metrics()
     assert (by_label["audio_to_image_recall_at_1"], by_label["chance_at_1"]) == (1.0, 0.5)
     assert (by_pair["image_to_audio_recall_at_1"], by_pair["chance_at_1"]) == (0.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"distillation": DistillationRecipe()},
+        {"label_smoothing": 0.1},
+        {"smoothing": "positives"},
+        {"bn_momentum": 0.1},
+        {"temperature_schedule": TemperatureSchedule()},
+        {"select": "balanced_accuracy"},
+        {"frames": "all"},
+        {"loss.supcon": 0.5},
+        {"loss.class_balanced": 0.9},
+        {"augmentation.masks_at": "norm"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_pretraining_refuses_what_it_does_not_heed(fields):
+    ((path, value),) = fields.items()
+    outer, _, inner = path.partition(".")
+    given = {"loss": LossRecipe, "augmentation": Augmentation}[outer](**{inner: value}) if inner else value
+    assert getattr(TUNE.replace(**{outer: given}), outer) == given
+    with pytest.raises(SpecError, match=f"{path}: given with task 'embedding'") as refused:
+        PRE.replace(**{outer: given})
+    assert refused.value.field == path
+
+
+def test_pretraining_refuses_a_teacher(pretrained, pairs, tmp_path):
+    with pytest.raises(DataError, match="learns from none"):
+        fit(pairs, tmp_path / "run", PRE, teachers=[pretrained / "model.safetensors"], progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_live_teacher_and_its_student_hear(tmp_path):
+    seeing, hearing = network(mode="videoonly"), network(mode="audioonly")
+    for name, made in (("seeing", seeing), ("hearing", hearing)):
+        save_checkpoint(tmp_path / f"{name}.safetensors", *made)
+    with pytest.raises(CardError, match="the student looks at pictures alone") as refused:
+        LiveTeacher([tmp_path / "hearing.safetensors"], seeing[1])
+    assert refused.value.field == "frontend"
+    with pytest.raises(CardError, match="teacher 'tiny' looks at pictures alone"):
+        LiveTeacher([tmp_path / "seeing.safetensors"], hearing[1])
 
 
 # Fine-tuning

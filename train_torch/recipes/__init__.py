@@ -397,11 +397,23 @@ class Recipe(Declaration):
                 "'embedding' is pre-training, and the others have none",
                 field="pretraining",
             )
+        for field in self._unused_in_pretraining() if self.pretraining is not None else ():
+            raise SpecError(
+                f"{field}: given with task 'embedding'; pre-training has no labels, teacher, norm of features, batch "
+                "norm or temperature for it to act on; leave it out",
+                field=field,
+            )
         if self.average_epochs is not None and not 1 <= self.average_epochs[0] <= self.average_epochs[1] <= self.epochs:
             raise SpecError(
                 f"average_epochs: got {self.average_epochs} of {self.epochs} epochs; expected (first, last), counted "
                 "from 1",
                 field="average_epochs",
+            )
+        if self.average_epochs is not None and self.patience:
+            raise SpecError(
+                f"patience: got {self.patience} with average_epochs {self.average_epochs}; a run that stops early has "
+                "not all of these epochs; leave out one of them",
+                field="patience",
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SpecError(f"betas: got {self.betas}; expected two numbers from 0 to below 1", field="betas")
@@ -414,6 +426,17 @@ class Recipe(Declaration):
                 field="sort_batches",
             )
         return self
+
+    def _unused_in_pretraining(self) -> list[str]:
+        """Return the fields, not at their default, that only learning from labels heeds."""
+        names = (
+            "distillation", "label_smoothing", "smoothing", "bn_momentum", "temperature_schedule", "select", "frames",
+        )  # fmt: skip
+        fields = type(self).model_fields
+        given = [name for name in names if getattr(self, name) != fields[name].default]
+        additions = LossRecipe.model_fields
+        given += [f"loss.{name}" for name in additions if getattr(self.loss, name) != additions[name].default]
+        return given + ["augmentation.masks_at"] * (self.augmentation.masks_at == "norm")
 
 
 def list_recipes() -> list[str]:
