@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -29,6 +29,7 @@ from models_zoo.errors import (
     WaveformError,
 )
 from models_zoo.events import EventOptions
+from models_zoo.files import opened
 from models_zoo.images import ImageSource
 from models_zoo.prediction import Event, Prediction, average_predictions
 from models_zoo.registry import get_card, list_models, list_shipped, shipped_model
@@ -259,7 +260,7 @@ class TFAudioClassifier:
             image: for a model that looks at pictures: one, as ``models_zoo.images.read_image`` takes it; for several
                 clips a list of as many, or one that goes for all.
             video: in place of both: a path, a file's bytes or an open file (extra ``video``), or a list of those. The
-                model is given what it takes of the sound and the pictures.
+                model is given what it takes of the sound and the pictures, which are turned as a player shows them.
             frames: which of a video's ten evenly spaced frames: ``middle``, ``all``, or indices 0 to 9. Of several the
                 answer is the mean of the probabilities, as published.
             events: how to find events, for a model of that task; what is left out is the card's.
@@ -281,13 +282,14 @@ class TFAudioClassifier:
             raise ModelFileError(f"model {self.card.name!r} has no clip scores to predict from; use embed")
         options = self._event_options(events)
         if video is not None:
-            _refuse_beside_video(audio, image)
+            _refuse_beside_video(audio, image, sample_rate, channels_first)
 
-            def mean(given: dict[str, Any]) -> Prediction:
-                answers = self.predict(**given, events=events, inputs=inputs)
+            def mean(clips: list[dict[str, Any]]) -> Prediction:
+                answers = [self.predict(**clip, events=events) for clip in clips]
                 return answers[0] if len(answers) == 1 else average_predictions(answers)
 
-            return self._of_videos(video, frames, mean)
+            return self._of_videos(video, frames, inputs, mean)
+        _refuse_frames(frames)
 
         def answer(outputs: _Outputs, num_samples: int) -> Prediction:
             if self.card.length_policy.long == "crop":
@@ -360,11 +362,15 @@ class TFAudioClassifier:
         Args and Raises: as :meth:`predict`; ModelFileError where the model has no embedding.
         """
         if video is not None:
-            _refuse_beside_video(audio, image)
+            _refuse_beside_video(audio, image, sample_rate, channels_first)
             self._embedding_of(None)
             return self._of_videos(
-                video, frames, lambda given: np.mean(self.embed(**given, inputs=inputs), axis=0, dtype=np.float32)
+                video,
+                frames,
+                inputs,
+                lambda clips: np.mean([self.embed(**clip) for clip in clips], axis=0, dtype=np.float32),
             )
+        _refuse_frames(frames)
         output = self._embedding_of(None if len(self._embeddings) < 2 else (audio is not None, image is not None))
         return self._embed(output, audio, sample_rate, channels_first, image, inputs)
 
@@ -683,22 +689,41 @@ class TFAudioClassifier:
             raise WaveformError(f"{name}: got {seconds!r} s; expected more than 0", code="range")
         return samples
 
-    def _of_videos(self, video: Any, frames: Frames, answer: Callable[[dict[str, Any]], _T]) -> _T | list[_T]:
-        """Return ``answer`` of what the model takes of a video's frames, in lists, or of each of several videos."""
-        if isinstance(video, (list, tuple)):
-            answers = []
-            for position, one in enumerate(video):
-                with _naming(position):
-                    answers.append(cast(_T, self._of_videos(one, frames, answer)))
-            return answers
+    def _of_videos(
+        self,
+        video: Any,
+        frames: Frames,
+        inputs: Inputs | Sequence[Inputs] | None,
+        answer: Callable[[list[dict[str, Any]]], _T],
+    ) -> _T | list[_T]:
+        """Return ``answer`` of what the model takes of a video, a clip for each frame, or of each of several videos."""
         chosen = chosen_frames(frames)
-        looks = self._members.picture() is not None
-        pictures = [np.asarray(picture) for picture in read_video_frames(video, chosen)] if looks else None
-        given: dict[str, Any] = {"image": pictures}
-        if self._members.hears():
-            waveform = read_video_audio(video, self._frontend_spec(), max_seconds=self.max_seconds)
-            given["audio"] = [waveform] * (1 if pictures is None else len(pictures))
-        return answer(given)
+        several = isinstance(video, (list, tuple))
+        videos = video if several else [video]
+        if inputs is None or isinstance(inputs, Mapping):
+            inputs = [inputs or {}] * len(videos)
+        self._check_count(inputs, len(videos))
+        if not several:
+            return answer(self._clips_of_video(video, chosen, inputs[0]))
+        answers = []
+        for position, (one, own) in enumerate(zip(videos, inputs, strict=True)):
+            with _naming(position):
+                answers.append(answer(self._clips_of_video(one, chosen, own)))
+        return answers
+
+    def _clips_of_video(self, video: Any, chosen: Sequence[int], inputs: Inputs) -> list[dict[str, Any]]:
+        """Return what ``predict`` and ``embed`` are given for each chosen frame of a video, one by itself."""
+        given: dict[str, Any] = {"inputs": inputs}
+        pictures: list[dict[str, Any]] = [{}]
+        with ExitStack() as stack:
+            if callable(getattr(video, "read", None)):  # one that cannot seek could not be read a second time
+                video, _ = stack.enter_context(opened(video, VideoDecodeError, "an open file"))
+            if self._members.picture() is not None:
+                frames = read_video_frames(video, chosen, self.card.image)
+                pictures = [{"image": np.asarray(frame)} for frame in frames]
+            if self._members.hears():
+                given["audio"] = read_video_audio(video, self._frontend_spec(), max_seconds=self.max_seconds)
+        return [{**given, **picture} for picture in pictures]
 
     def _answer(
         self,
@@ -771,7 +796,7 @@ class TFAudioClassifier:
         if inputs is None or isinstance(inputs, Mapping):
             return [{**(inputs or {}), part.name: one} for one in image]
         self._check_count(inputs, count)
-        return [{**own, part.name: one} for own, one in zip(inputs, image, strict=True)]
+        return [{**(own or {}), part.name: one} for own, one in zip(inputs, image, strict=True)]
 
     def _check_count(self, inputs: Sequence[Inputs], count: int) -> None:
         if not isinstance(inputs, (list, tuple)) or len(inputs) != count:
@@ -780,13 +805,21 @@ class TFAudioClassifier:
                 f"inputs: got {got} for {count} clips; expected a mapping of name -> array for each, or one for all",
                 code="type",
             )
+        for position, own in enumerate(inputs):
+            if own is not None and not isinstance(own, Mapping):
+                raise WaveformError(
+                    f"inputs: got {type(own).__name__} for clip {position} (counted from 0); expected a mapping of "
+                    "name -> array",
+                    code="type",
+                )
 
     def _extras(
         self, inputs: Inputs | Sequence[Inputs] | None, count: int, outputs: Sequence[str] | None
     ) -> Iterator[_Extras]:
         """Return the checked inputs of each of ``count`` clips, read one by one."""
         if inputs is None or isinstance(inputs, Mapping):
-            return repeat(self._members.checked(inputs, outputs), count)
+            # Of no clips nothing is missing.
+            return repeat(self._members.checked(inputs, outputs) if count else {}, count)
         self._check_count(inputs, count)
         return self._checked_each(inputs, outputs)
 
@@ -973,13 +1006,21 @@ def _array(source: Any) -> NDArray[Any]:
         ) from error
 
 
-def _refuse_beside_video(audio: Any, image: Any) -> None:
+def _refuse_beside_video(audio: Any, image: Any, sample_rate: int | None, channels_first: bool) -> None:
     if audio is not None or image is not None:
         raise WaveformError(
             f"video: got {'audio' if audio is not None else 'image'} beside it; a video holds both: leave that out, or "
             "pass audio and image without video",
             code="type",
         )
+    _refuse_rate(sample_rate)
+    if channels_first:
+        raise WaveformError("channels_first: got it with a video; it is said of arrays: leave it out", code="type")
+
+
+def _refuse_frames(frames: Any) -> None:
+    if not isinstance(frames, str) or frames != "middle":
+        raise WaveformError(f"frames: got {frames!r} without a video; pass video=..., or leave it out", code="type")
 
 
 def _refuse_rate(sample_rate: int | None) -> None:

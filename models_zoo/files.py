@@ -51,7 +51,7 @@ def opened(source: object, error: _DecodeError, expected: str) -> Iterator[tuple
             name = str(source)
             stream = stack.enter_context(_open_path(source, name, error))
         elif callable(getattr(source, "read", None)):
-            name = str(getattr(source, "name", "<file object>"))
+            name = str(getattr(source, "name", None) or "<file object>")
             stream = _seekable(source, name, error, stack)
         else:
             raise error(f"got {type(source).__name__}; expected {expected}", code="type")

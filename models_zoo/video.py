@@ -7,10 +7,11 @@ recording.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,24 +76,24 @@ def frame_indices(num_frames: int, rate: float) -> list[int]:
     return [max(int(i * total / NUM_FRAMES) - 1, 0) for i in range(NUM_FRAMES)]
 
 
-def chosen_frames(frames: str | int | Sequence[int]) -> tuple[int, ...]:
-    """Return which of the ten frames are meant by ``middle``, ``all``, an index 0 to 9, or several.
+def chosen_frames(frames: object) -> tuple[int, ...]:
+    """Return which of the ten frames are meant by ``middle``, ``all``, an index 0 to 9, or several, also in an array.
 
     Raises:
         VideoDecodeError: anything else; ``code`` ``type``.
     """
-    if frames == "middle":
-        return (MIDDLE,)
-    if frames == "all":
-        return tuple(range(NUM_FRAMES))
-    chosen = (frames,) if isinstance(frames, int) else frames
-    legal = not isinstance(chosen, str) and all(isinstance(i, int) and 0 <= i < NUM_FRAMES for i in chosen)
-    if not legal or not chosen:
+    if isinstance(frames, str) and frames in ("middle", "all"):
+        return (MIDDLE,) if frames == "middle" else tuple(range(NUM_FRAMES))
+    try:
+        chosen = tuple(map(operator.index, frames if isinstance(frames, Iterable) else (frames,)))
+    except TypeError:
+        chosen = ()
+    if not chosen or not all(0 <= one < NUM_FRAMES for one in chosen):
         raise VideoDecodeError(
             f"frames: got {frames!r}; expected 'middle', 'all', or frames 0 to {NUM_FRAMES - 1}, at least one",
             code="type",
         )
-    return tuple(cast(Sequence[int], chosen))
+    return chosen
 
 
 def read_video_frames(

@@ -131,8 +131,82 @@ def test_a_video_need_not_hold_what_the_model_does_not_take(models):
     for frames in ("first", [], [10], [1.5]):
         with pytest.raises(VideoDecodeError, match="frames: got"):
             models["joint"].predict(video=video(), frames=frames)
-    with pytest.raises(WaveformError, match="video: got image beside it"):
-        models["joint"].predict(video=video(), image=picture(0))
+    for beside, message in (
+        ({"image": picture(0)}, "video: got image beside it"),
+        ({"sample_rate": 8000}, "sample_rate: got 8000 with a recording"),
+        ({"channels_first": True}, "channels_first: got it with a video"),
+    ):
+        for ask in (models["joint"].predict, models["joint"].embed):
+            with pytest.raises(WaveformError, match=message):
+                ask(video=video(), **beside)
+    for frames in ("all", [1], np.array([1, 2]), None):
+        for ask in (models["joint"].predict, models["joint"].embed):
+            with pytest.raises(WaveformError, match="without a video"):
+                ask(sound(1), image=picture(0), frames=frames)
+
+
+class Once(io.BytesIO):
+    """A file that cannot seek, like a pipe."""
+
+    def seekable(self):
+        return False
+
+    def seek(self, *_):
+        raise io.UnsupportedOperation("seek")
+
+
+def test_a_video_may_come_from_what_cannot_seek(models):
+    for kind in ("joint", "pictures", "sounds"):
+        piped = models[kind].predict(video=Once(video(seed=1)))
+        assert np.array_equal(piped.probabilities, models[kind].predict(video=video(seed=1)).probabilities)
+    with pytest.raises(VideoDecodeError, match=r"^<file object>: is no video"):
+        models["joint"].predict(video=Once(b"no video at all"))
+
+
+def test_inputs_go_with_each_video(models, monkeypatch):
+    clips = [video(seed=1), video(seed=2)]
+    alone = [models["joint"].predict(video=clip).probabilities for clip in clips]
+    given = []
+    checked = models["joint"]._members.checked
+
+    def watched(inputs, outputs=None):
+        given.append(inputs.get("mark"))
+        return checked({name: value for name, value in inputs.items() if name != "mark"}, outputs)
+
+    monkeypatch.setattr(models["joint"]._members, "checked", watched)
+    for inputs, marks in (
+        ([{"mark": 1}, {"mark": 2}], [1, 2]),
+        ([{}, {}], [None, None]),
+        ({"mark": 3}, [3, 3]),
+        (None, [None, None]),
+    ):
+        answers = models["joint"].predict(video=clips, inputs=inputs)
+        assert given == marks
+        assert all(np.array_equal(one.probabilities, other) for one, other in zip(answers, alone, strict=True))
+        given.clear()
+    models["joint"].embed(video=clips, inputs=[{"mark": 1}, {"mark": 2}])
+    assert given == [1, 2]
+    for wrong in ([{}], [5, {}], 5):
+        with pytest.raises(WaveformError, match="inputs: got") as refused:
+            models["joint"].predict(video=clips, inputs=wrong)
+        assert refused.value.code == "type"
+
+
+def test_errors_name_the_clip_once_and_of_several_alone(models):
+    for several in (False, True):
+        for frames in ("middle", "all"):
+            with pytest.raises(WaveformError) as refused:
+                models["joint"].predict(video=[video()] if several else video(), frames=frames, inputs={"stranger": 1})
+            assert str(refused.value).count("clip 0") == several
+
+
+def test_no_clips_have_no_answers(models):
+    for kind in ("joint", "sounds"):
+        assert models[kind].predict([]) == []
+        assert models[kind].predict(video=[]) == []
+    assert models["joint"].predict([], image=picture(1)) == []
+    with pytest.raises(WaveformError, match="1 pictures for 0 clips"):
+        models["joint"].predict([], image=[picture(1)])
 
 
 def test_one_tower_is_asked_without_the_other(models, monkeypatch):
@@ -203,6 +277,10 @@ MISUSE = {
     "another picture among them": (
         "joint", "predict", {"audio": [sound(1)] * 2, "image": [picture(1), b"no picture"]}, ImageDecodeError,
         "not_image", "clip 1",
+    ),
+    "inputs that are none": (
+        "joint", "predict", {"audio": [sound(1)], "image": [picture(1)], "inputs": [5]}, WaveformError, "type",
+        "inputs: got int for clip 0",
     ),
     "floats": (
         "pictures", "predict", {"image": picture(1) / 255}, ImageDecodeError, "dtype", "expected uint8",

@@ -19,7 +19,7 @@ from models_zoo.audio import load_audio
 from models_zoo.errors import VideoDecodeError
 from models_zoo.images import ImageSpec, crop_image, load_image
 from models_zoo.presets import get_frontend
-from models_zoo.video import MIDDLE, frame_indices, read_video_audio, read_video_frames
+from models_zoo.video import MIDDLE, chosen_frames, frame_indices, read_video_audio, read_video_frames
 
 SPEC = get_frontend("cav_mae")
 RATE = 25
@@ -248,7 +248,16 @@ def test_long_sound_is_refused():
         read_video_audio(video(0.5), SPEC, max_seconds=0.3)
 
 
-@pytest.mark.parametrize("chosen", [[], [10], [-1], [1.5]])
+def test_frames_are_named_counted_or_listed():
+    for frames, expected in (("middle", (5,)), (3, (3,)), (np.int64(3), (3,)), ([9, 0], (9, 0))):
+        assert chosen_frames(frames) == expected
+    assert chosen_frames(np.array([1, 2])) == (1, 2)
+    assert chosen_frames("all") == tuple(range(10))
+
+
+@pytest.mark.parametrize(
+    "chosen", [[], [10], [-1], [1.5], None, 1.0, "first", "", np.array(1.0), np.array([0.5]), [[1]]]
+)
 def test_frames_that_are_none_of_the_ten_are_refused(chosen):
     with pytest.raises(VideoDecodeError, match="frames 0 to 9"):
         read_video_frames(b"never read", chosen)
