@@ -73,12 +73,16 @@ class Pretraining(lightning.LightningModule):
         self._masks(1, torch.Generator())  # refuses what cannot be before anything is trained
         self._scored: list[tuple[Batch, dict[str, Tensor], Tensor, Tensor]] = []
 
-    def losses(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def features(self, batch: Batch) -> Tensor:
+        """Return ``(batch, time, n_mels)`` of a batch."""
+        return self.frontend(batch.waveform, plain=self._kept.features(batch))
+
+    def losses(self, features: Tensor, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the losses of a batch, masked as drawn from ``generator`` (torch's own where it is None)."""
         assert batch.image is not None
         settings = self.settings
         return self.model.losses(
-            self.frontend(batch.waveform, plain=self._kept.features(batch)),
+            features,
             batch.image,
             *self._masks(len(batch.waveform), generator),
             mae_weight=settings.mae_weight,
@@ -96,7 +100,7 @@ class Pretraining(lightning.LightningModule):
         """Return the loss of a batch; every draw follows from (seed, step, process)."""
         rng = np.random.default_rng((self.recipe.seed, self.global_step, self.global_rank))
         torch.manual_seed(int(rng.integers(2**62)))
-        losses = self.losses(batch)
+        losses = self.losses(self.features(batch), batch)
         for name in _PARTS:
             self.log(
                 f"train_{name}",
@@ -112,8 +116,9 @@ class Pretraining(lightning.LightningModule):
         """Keep losses and embeddings of a batch; every epoch hides the same tokens."""
         generator = torch.Generator(self.device).manual_seed(batch_idx)
         assert batch.image is not None
-        outputs = self.model(features=self.frontend(batch.waveform), image=batch.image)
-        losses = self.losses(batch, generator)
+        features = self.features(batch)
+        outputs = self.model(features=features, image=batch.image)
+        losses = self.losses(features, batch, generator)
         self._scored.append((batch, losses, outputs["audio_embedding"], outputs["image_embedding"]))
 
     def on_validation_epoch_end(self) -> None:

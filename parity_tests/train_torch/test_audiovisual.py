@@ -480,7 +480,8 @@ def test_validation_hides_the_same_tokens_in_every_epoch():
     model, card = network("cavmae", "embedding")
     learner = Pretraining(model, card, PRE, tuple("abcd")).eval()
     batch = Batch(torch.randn(4, 6400), torch.eye(4), torch.arange(4), image=torch.randn(4, 3, 32, 32))
-    logged = []
+    logged, computed = [], []
+    learner.frontend.register_forward_hook(lambda *_: computed.append(True))
     for _ in range(2):
         seen = {}
         learner.log = lambda name, value, seen=seen, **_: seen.update({name: float(value)})
@@ -489,6 +490,7 @@ def test_validation_hides_the_same_tokens_in_every_epoch():
             learner.on_validation_epoch_end()
         logged.append(seen)
     assert logged[0] == logged[1]
+    assert len(computed) == 2, "the front end once per batch"
     assert logged[0]["val_score"] == pytest.approx(-logged[0]["val_loss"])
 
 
@@ -497,7 +499,7 @@ def test_a_share_of_none_hides_nothing():
     settings = PretrainingRecipe(mask_audio=0.0, mask_image=0.0, contrast_weight=1.0)
     learner = Pretraining(model, card, PRE.replace(pretraining=settings))
     batch = Batch(torch.randn(4, 6400), torch.eye(4), torch.arange(4), image=torch.randn(4, 3, 32, 32))
-    losses = learner.losses(batch)
+    losses = learner.losses(learner.features(batch), batch)
     assert (losses["mae_a"], losses["mae_v"]) == (0, 0)
     losses["loss"].backward()
     assert all(part.grad is None or part.grad.isfinite().all() for part in model.parameters())
