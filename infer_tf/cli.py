@@ -140,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         events.add_argument(option, type=_per_class, action="append", metavar=metavar, help=text)
     predict.add_argument("--force", action="store_true", help="replace existing outputs")
     _add_runtime(predict)
+    _add_members(predict)
     predict.set_defaults(run=_predict)
 
     evaluate = commands.add_parser("evaluate", help="accuracy and other measures on labelled recordings")
@@ -166,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--plot", type=_picture, metavar="FILE", help="picture of the confusion matrix")
     evaluate.add_argument("--force", action="store_true", help="replace existing outputs")
     _add_runtime(evaluate)
+    _add_members(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     index = commands.add_parser("index", help="make sounds and pictures findable by each other")
@@ -224,15 +226,18 @@ def _version() -> str:
 
 def _add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the network (default: one per core)")
+    parser.add_argument(
+        "--max-seconds", type=_seconds, default=600.0, metavar="S", help="longest recording read whole (default 600)"
+    )
+
+
+def _add_members(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", metavar="MODEL", help="the model that computes the embeddings MODEL takes beside audio"
     )
     parser.add_argument(
         "--weights", type=_weights, metavar="W,W,...", help="of several models' answers, in order (default: equal)"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of the network (default: one per core)")
-    parser.add_argument(
-        "--max-seconds", type=_seconds, default=600.0, metavar="S", help="longest recording read whole (default 600)"
     )
 
 
@@ -311,14 +316,12 @@ def _classifier(arguments: argparse.Namespace) -> TFAudioClassifier:
     models = arguments.model
     # One folder stands for the models in it, one in a list for itself.
     model = models[0] if isinstance(models, list) and len(models) == 1 else models
-    return TFAudioClassifier(
-        model,
-        arguments.device,
-        arguments.threads,
-        max_seconds=arguments.max_seconds,
-        encoder=arguments.encoder,
-        weights=arguments.weights,
-    )
+    return TFAudioClassifier(model, **_runtime(arguments), encoder=arguments.encoder, weights=arguments.weights)
+
+
+def _runtime(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what :func:`_add_runtime` asks for, as TFAudioClassifier takes it."""
+    return {name: getattr(arguments, name) for name in ("device", "threads", "max_seconds")}
 
 
 def _check_outputs(
@@ -553,13 +556,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
+    from infer_tf.classifier import TFAudioClassifier
     from infer_tf.index import AudioVisualIndex, list_files
 
     tables = [Path(folder) / "metadata.csv" for folder in arguments.inputs]
-    _check_outputs(arguments, [arguments.output], [*arguments.inputs, *tables, arguments.model, arguments.encoder])
+    _check_outputs(arguments, [arguments.output], [*arguments.inputs, *tables, arguments.model])
     files = list_files(arguments.inputs, None if arguments.split == "all" else arguments.split)
     _refuse_inputs(arguments.output, [path for path, _ in files])
-    with _classifier(arguments) as classifier:
+    with TFAudioClassifier(arguments.model, **_runtime(arguments)) as classifier:
         index = AudioVisualIndex.build(classifier, files)
         index.save(arguments.output, force=arguments.force)
     kinds = [entry.kind for entry in index.entries]
@@ -572,16 +576,14 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from infer_tf.classifier import TFAudioClassifier
     from infer_tf.index import AudioVisualIndex, kind_of
 
     _check_outputs(arguments, [arguments.plot], [arguments.query, arguments.index, arguments.model])
     kind = kind_of(arguments.query)
     if kind == "video":
         raise _UsageError(f"{arguments.query} is a video; search by its sound or by one of its pictures, as a file")
-    model = arguments.model or AudioVisualIndex.model_of(arguments.index)
-    with TFAudioClassifier(model, arguments.device, arguments.threads, max_seconds=arguments.max_seconds) as classifier:
-        index = AudioVisualIndex.load(arguments.index, classifier)
+    index = AudioVisualIndex.load(arguments.index, arguments.model, **_runtime(arguments))
+    with index.classifier as classifier:
         if arguments.plot is not None:
             _refuse_inputs(arguments.plot, [entry.path for entry in index.entries])
         query: dict[str, Any] = {kind: arguments.query}

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from tqdm import tqdm
 
-from infer_tf.classifier import TFAudioClassifier
+from infer_tf.classifier import TFAudioClassifier, find_model
 from models_zoo.dataset import AUDIO_SUFFIXES, read_dataset
-from models_zoo.errors import DataError, IndexFileError, MissingDependencyError, VideoDecodeError
+from models_zoo.errors import DataError, IndexFileError, MissingDependencyError, ModelFileError, VideoDecodeError
 from models_zoo.files import replacing
 from models_zoo.images import IMAGE_SUFFIXES
 from models_zoo.schema import Declaration
@@ -80,11 +80,13 @@ class AudioVisualIndex:
 
     Raises:
         DataError: no entry, or an embedding of zeros, which points nowhere.
+        ModelFileError: a model without an embedding, e.g. several that answer together, or one that needs an encoder.
     """
 
     suffixes: ClassVar[frozenset[str]] = AUDIO_SUFFIXES | IMAGE_SUFFIXES | VIDEO_SUFFIXES
 
     def __init__(self, classifier: TFAudioClassifier, entries: Sequence[Entry], vectors: NDArray[np.float32]) -> None:
+        _check_embeds(classifier)
         if not entries or len(entries) != len(vectors):
             raise DataError(f"got {len(entries)} entries and {len(vectors)} vectors; an index needs one each, at least")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -117,12 +119,13 @@ class AudioVisualIndex:
 
         Raises:
             DataError: no file, no path, one whose suffix tells nothing, or a name that is not UTF-8.
-            ModelFileError: a file of a kind the model has no embedding for.
+            ModelFileError: a file of a kind the model has no embedding for; or as the class.
             AudioDecodeError, ImageDecodeError, VideoDecodeError, WaveformError: a file that cannot be read or embedded.
         """
         if isinstance(files, (str, bytes)) or not isinstance(files, Iterable):
             raise DataError(f"files: got {type(files).__name__}; expected paths, or pairs of a path and a label")
         given = [_path_and_label(one) for one in files]
+        _check_embeds(classifier)
         _check_text(classifier.name)
         kinds = [kind_of(path) for path, _ in given]
         entries: list[Entry] = []
@@ -145,7 +148,7 @@ class AudioVisualIndex:
         """
         header = _Header(
             model=self.classifier.name,
-            model_sha256=_sha256_of(self.classifier),
+            model_sha256=_sha256_of(find_model(self.classifier.name)),
             entries=self.entries,
         )
         text = np.frombuffer(header.to_json().encode("utf-8"), np.uint8)
@@ -153,43 +156,47 @@ class AudioVisualIndex:
             np.savez(file, header=text, vectors=self.vectors)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], classifier: TFAudioClassifier | None = None) -> Self:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        classifier: TFAudioClassifier | str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Self:
         """Return the index in a file; inverse of :meth:`save`.
 
         Args:
             path: of the file.
-            classifier: the model it was built with; None for the one it names, from where that was.
+            classifier: the model it was built with, or where that is; None for the one it names, from where that was.
+            **options: of :class:`TFAudioClassifier`, where one is made here; its file is opened once it is known to be
+                the index's model.
 
         Raises:
             IndexFileError: no such file, not an index, damaged, or built with another model; ``code`` says which.
             ModelFileError, UnknownNameError: the model it names is not there any more.
         """
         header, vectors = _read(Path(path))
-        if classifier is None:
-            classifier = TFAudioClassifier(header.model)
-        if _sha256_of(classifier) != header.model_sha256:
+        given = classifier if isinstance(classifier, TFAudioClassifier) else None
+        model = header.model if classifier is None else classifier
+        model = model.name if isinstance(model, TFAudioClassifier) else model
+        sha256 = _sha256_of(find_model(model))
+        if sha256 != header.model_sha256:
             raise IndexFileError(
-                f"{path}: was built with another model (sha256 {header.model_sha256[:12]}...) than "
-                f"{classifier.card.name!r} ({_sha256_of(classifier)[:12]}...), whose embeddings mean something else; "
-                "build it again, or use its own model",
+                f"{path}: was built with another model (sha256 {header.model_sha256[:12]}...) than {model} "
+                f"({sha256[:12]}...), whose embeddings mean something else; build it again, or use its own model",
                 code="model",
             )
-        sizes = {output.axes[-1] for output in classifier.card.outputs if output.role == "embedding"}
-        if all(size.isdigit() for size in sizes) and str(vectors.shape[1]) not in sizes:
-            raise _corrupt(Path(path), f"vectors of {vectors.shape[1]} numbers; its model's have {', '.join(sizes)}")
+        used = TFAudioClassifier(model, **options) if given is None else given
         try:
-            return cls(classifier, header.entries, vectors)
-        except DataError as error:
-            raise _corrupt(Path(path), str(error)) from None
-
-    @staticmethod
-    def model_of(path: str | os.PathLike[str]) -> str:
-        """Return what the model of an index in a file was called when it was built: a name, or a whole path.
-
-        Raises:
-            IndexFileError: as :meth:`load`.
-        """
-        return _read(Path(path))[0].model
+            sizes = {output.axes[-1] for output in used.card.outputs if output.role == "embedding"}
+            if all(size.isdigit() for size in sizes) and str(vectors.shape[1]) not in sizes:
+                raise DataError(f"vectors of {vectors.shape[1]} numbers; its model's have {', '.join(sizes)}")
+            return cls(used, header.entries, vectors)
+        except BaseException as error:
+            if given is None:
+                used.close()
+            if isinstance(error, DataError):
+                raise _corrupt(Path(path), str(error)) from None
+            raise
 
     def search(
         self, *, audio: Any = None, image: Any = None, k: int = 10, among: Kind | None = None, **options: Any
@@ -364,13 +371,29 @@ def _sides_of(classifier: TFAudioClassifier, path: str) -> Iterator[tuple[Kind, 
     yield "image", classifier.embed_image(np.asarray(frame))
 
 
-def _sha256_of(classifier: TFAudioClassifier) -> str:
-    """Return the hash of the model's file, or of those of several files' hashes."""
-    digests = []
-    for path in classifier.paths:
+def _check_embeds(classifier: TFAudioClassifier) -> None:
+    """Refuse a model whose file alone does not say what its embeddings mean."""
+    card = classifier.card
+    embeddings = [output.name for output in card.outputs if output.role == "embedding"]
+    if not embeddings:
+        raise ModelFileError(f"model {card.name!r} has no embedding output, which an index is made of")
+    if any(part.source == "encoder" for part in card.inputs_of(embeddings)):
+        raise ModelFileError(
+            f"the embeddings of model {card.name!r} depend on an encoder too, and an index belongs to one model file; "
+            "use a model that needs none"
+        )
+
+
+def _sha256_of(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise ModelFileError(f"{path}: the model of the index is not there; say where it is now")
         with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        if isinstance(error, ModelFileError):
+            raise
+        raise ModelFileError(f"{path}: the model of the index cannot be read: {error}") from None
 
 
 def _corrupt(path: Path, why: str) -> IndexFileError:

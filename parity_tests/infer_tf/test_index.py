@@ -22,6 +22,7 @@ from models_zoo.errors import (
     OutputExistsError,
 )
 from models_zoo.retrieval import cosine_similarity
+from parity_tests.infer_tf.tiny import event_card, write_encoder, write_events
 from parity_tests.infer_tf.tiny_pairs import RATE, WIDTH, picture, video, write_pair, write_picture
 
 
@@ -112,6 +113,55 @@ def test_the_index_of_another_model_is_refused(index, tmp_path):
     ):
         AudioVisualIndex.load(tmp_path / "pairs.index", other)
     assert refused.value.code == "model"
+
+
+def test_the_model_an_index_names_is_opened_once_it_is_known_to_be_the_one(index, folder, tmp_path, monkeypatch):
+    path, model = tmp_path / "pairs.index", write_pair(tmp_path / "towers.onnx", "towers")
+    opened, closed = [], []
+
+    class Watched(TFAudioClassifier):
+        def __init__(self, *arguments, **options):
+            opened.append(options)
+            super().__init__(*arguments, **options)
+
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr("infer_tf.index.TFAudioClassifier", Watched)
+    with TFAudioClassifier(model, threads=1) as classifier:
+        AudioVisualIndex(classifier, index.entries, index.vectors).save(path)
+        AudioVisualIndex(classifier, index.entries, index.vectors[:, :5]).save(tmp_path / "narrow.index")
+    with AudioVisualIndex.load(path, threads=1).classifier:
+        assert (opened, closed) == ([{"threads": 1}], [])
+    with pytest.raises(IndexFileError, match="vectors of 5 numbers"):
+        AudioVisualIndex.load(tmp_path / "narrow.index")
+    assert (len(opened), len(closed)) == (2, 2)
+    moved = model.rename(tmp_path / "moved.onnx")
+    with pytest.raises(ModelFileError, match=r"towers\.onnx: the model of the index is not there"):
+        AudioVisualIndex.load(path)
+    model.write_bytes(b"something else")
+    with pytest.raises(IndexFileError, match="built with another model"):
+        AudioVisualIndex.load(path)
+    assert len(opened) == 2
+    with AudioVisualIndex.load(path, moved).classifier as classifier:
+        assert classifier.paths == (moved,)
+
+
+def test_models_that_one_file_does_not_describe_make_no_index(folder, tmp_path):
+    outputs = [event_card().outputs[0].to_dict(), {"name": "weak", "role": "embedding", "axes": ["batch", "4"]}]
+    fused = write_events(tmp_path / "fused.onnx", event_card(embeddings=True, outputs=outputs))
+    encoder, joint = write_encoder(tmp_path / "encoder.onnx"), write_pair(tmp_path / "joint.onnx", "joint")
+    with (
+        TFAudioClassifier(fused, threads=1, encoder=encoder) as encoded,
+        pytest.raises(ModelFileError, match="depend on an encoder"),
+    ):
+        AudioVisualIndex.build(encoded, [folder / "1.wav"])
+    with (
+        TFAudioClassifier([joint, joint], threads=1) as several,
+        pytest.raises(ModelFileError, match="no embedding output"),
+    ):
+        AudioVisualIndex.build(several, [folder / "1.wav"])
 
 
 def test_files_that_are_no_index(towers, index, tmp_path):

@@ -158,6 +158,8 @@ def test_index_and_search(capsys, tmp_path):
         (path, "clip.mkv"): "search by its sound",
         ("data/4.wav", "data/4.wav"): "damaged",
         (path, "data/4.wav", "--model", "joint.onnx"): "built with another model",
+        (path, "data/4.wav", "--encoder", "joint.onnx"): "unrecognized arguments: --encoder",
+        (path, "data/4.wav", "--weights", "1"): "unrecognized arguments: --weights",
     }.items():
         code, _, err = run(capsys, "search", *arguments)
         assert code == 2
