@@ -40,6 +40,9 @@ _EVENT_OPTIONS = (
     ("--merge-gap", "S", "join events of a class with a gap of at most S seconds"),
 )
 
+_MOST_DRAWN = 50
+"""Cells of a contact sheet; each takes about a tenth of a second."""
+
 _TABLES = (".csv", ".jsonl")
 _EVENT_FILES = (".tsv", ".json", ".txt")
 
@@ -195,7 +198,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--model", metavar="MODEL", help="the index's model, where it is not at its old place any more")
     search.add_argument("--json", action="store_true", help="print one JSON object")
-    search.add_argument("--plot", type=_picture, metavar="FILE", help="contact sheet of the query and what was found")
+    search.add_argument(
+        "--plot",
+        type=_picture,
+        metavar="FILE",
+        help="contact sheet of the query and what was found, the first 50 of it",
+    )
     search.add_argument("--force", action="store_true", help="replace existing outputs")
     _add_runtime(search)
     search.set_defaults(run=_search)
@@ -592,8 +600,10 @@ def _search(arguments: argparse.Namespace) -> int:
         if arguments.plot is not None:
             from infer_tf.plot import plot_matches
 
-            plot_matches(arguments.plot, classifier, arguments.query, matches, force=arguments.force)
-            print(f"wrote {arguments.plot}", file=sys.stderr)
+            drawn = matches[:_MOST_DRAWN]
+            plot_matches(arguments.plot, classifier, arguments.query, drawn, force=arguments.force)
+            few = f", with the first {len(drawn)} of {len(matches)}" if len(drawn) < len(matches) else ""
+            print(f"wrote {arguments.plot}{few}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"query": arguments.query, "matches": [vars(match) for match in matches]}))
         return 0

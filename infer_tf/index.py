@@ -208,16 +208,22 @@ class AudioVisualIndex:
             k: how many.
             among: search ``audio`` or ``image`` entries alone; None for those of the other kind than the query's where
                 there are any (sounds find pictures, and pictures sounds), else all.
-            **options: of ``embed_audio``, e.g. ``sample_rate``.
+            **options: of ``embed_audio`` or ``embed_image``, e.g. ``sample_rate``.
 
         Raises:
-            DataError: two queries or none, ``k`` is less than 1 or more than there are entries to search, or an
-                embedding of zeros.
+            DataError: two queries or none, an option that is not the query's, ``k`` is less than 1 or more than there
+                are entries to search, or an embedding of zeros.
             MissingDependencyError: faiss is not installed.
             AudioDecodeError, ImageDecodeError, WaveformError, ModelFileError: as the embeddings.
         """
         if (audio is None) == (image is None):
             raise DataError("a search is by sound or by picture: pass audio=..., or image=...")
+        taken = {"inputs"} if audio is None else {"inputs", "sample_rate", "channels_first"}
+        if strangers := sorted(set(options) - taken):
+            raise DataError(
+                f"a search by {'picture' if audio is None else 'sound'} takes {', '.join(sorted(taken))}; got "
+                f"{', '.join(strangers)}"
+            )
         if audio is not None:
             vector = self.classifier.embed_audio(audio, **options)
         else:

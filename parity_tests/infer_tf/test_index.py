@@ -259,6 +259,13 @@ def test_impossible_searches(folder, towers, index):
         index.search()
     with pytest.raises(DataError, match="by sound or by picture"):
         index.search(audio=folder / "1.wav", image=picture(0))
+    with pytest.raises(DataError, match="by picture takes inputs; got sample_rate"):
+        index.search(image=picture(0), sample_rate=3)
+    with pytest.raises(DataError, match="by sound takes channels_first, inputs, sample_rate; got frames"):
+        index.search(audio=folder / "1.wav", frames="all")
+    noise = np.random.default_rng(0).standard_normal(2 * RATE).astype(np.float32) / 9
+    assert index.search(audio=noise, sample_rate=RATE, k=7) == index.search(audio=noise, k=7)
+    assert index.search(audio=noise, sample_rate=2 * RATE, k=7) != index.search(audio=noise, k=7)
     with pytest.raises(DataError, match="point somewhere"):
         index.nearest(np.zeros(WIDTH, np.float32), 1)
     with pytest.raises(DataError, match="at least one"):

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from infer_tf import TFAudioClassifier
+from infer_tf import AudioVisualIndex, TFAudioClassifier
 from infer_tf.cli import main
 from infer_tf.evaluation import evaluate
 from models_zoo.dataset import read_dataset
@@ -170,6 +170,19 @@ def test_index_and_search(capsys, tmp_path):
     code, _, err = run(capsys, "index", "towers.onnx", "data", "-o", tmp_path / "train.index", "--split", "train")
     assert code == 2
     assert "train" in err
+
+
+def test_a_contact_sheet_has_an_end(capsys, tmp_path, monkeypatch):
+    with TFAudioClassifier("towers.onnx", threads=1) as towers:
+        AudioVisualIndex.build(towers, [f"data/{index % 9}.png" for index in range(53)]).save(tmp_path / "a")
+    drawn = []
+    monkeypatch.setattr("infer_tf.plot.plot_matches", lambda *given, force: drawn.append(given[-1]))
+    for k, said in (("53", "sheet.png, with the first 50 of 53\n"), ("50", "sheet.png\n")):
+        arguments = ("search", tmp_path / "a", "data/4.wav", "-k", k, "--plot", tmp_path / "sheet.png")
+        code, out, err = run(capsys, *arguments)
+        assert (code, len(out.splitlines())) == (0, 1 + int(k))
+        assert err.endswith(said)
+    assert [len(matches) for matches in drawn] == [50, 50]
 
 
 def test_no_output_replaces_what_was_given(capsys, tmp_path, monkeypatch):
