@@ -70,7 +70,9 @@ class Pretraining(lightning.LightningModule):
         assert frontend is not None
         self.frontend = frontend
         self._kept = FeatureCache(self.frontend, cache_gib)
-        self._masks(1, torch.Generator())  # refuses what cannot be before anything is trained
+        self._masks(
+            1, torch.Generator(self.model.norm.weight.device)
+        )  # refuses what cannot be before anything is trained
         self._scored: list[tuple[Batch, dict[str, Tensor], Tensor, Tensor]] = []
 
     def features(self, batch: Batch) -> Tensor:
