@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from export.batching import clip_by_clip
 from export.verify import Verification, example_inputs, legal_lengths, verify_onnx
 from export.winograd import Convolutions, rewrite_convolutions
-from models_zoo.cards import CARD_KEY, VERIFICATION_KEY, ModelCard, ModelInput, ModelOutput
+from models_zoo.cards import CARD_KEY, CONVOLUTIONS_KEY, VERIFICATION_KEY, ModelCard, ModelInput, ModelOutput
 from models_zoo.errors import CheckpointError, DataError, ExportError
 from models_zoo.files import check_writable, replacing
 from models_zoo.labels import check_labels
@@ -30,7 +30,6 @@ from train_torch.transfer import in_mode
 
 __all__ = [
     "CHECKPOINT_KEY",
-    "CONVOLUTIONS_KEY",
     "EXPORTER_KEY",
     "OPSETS",
     "OPSET_KEY",
@@ -41,7 +40,6 @@ __all__ = [
 CHECKPOINT_KEY = "crossfade.checkpoint_sha256"
 OPSET_KEY = "crossfade.opset"
 EXPORTER_KEY = "crossfade.exporter"
-CONVOLUTIONS_KEY = "crossfade.convolutions"
 
 _log = logging.getLogger(__name__)
 

@@ -618,7 +618,7 @@ def _search(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from infer_tf.classifier import find_model
     from infer_tf.session import OnnxSession
-    from models_zoo.cards import VERIFICATION_KEY
+    from models_zoo.cards import CONVOLUTIONS_KEY, VERIFICATION_KEY
     from models_zoo.registry import get_card, list_models, list_shipped
 
     name = arguments.model
@@ -628,6 +628,7 @@ def _info(arguments: argparse.Namespace) -> int:
     session = OnnxSession(path, threads=1)
     card = session.card
     verification = _verification(session.metadata.get(VERIFICATION_KEY, "null"), path)
+    convolutions = session.metadata.get(CONVOLUTIONS_KEY)
     if arguments.json:
         print(
             json.dumps(
@@ -639,6 +640,7 @@ def _info(arguments: argparse.Namespace) -> int:
                     "outputs": {
                         name: {"dtype": dtype, "axes": axes} for name, (dtype, axes) in session.outputs.items()
                     },
+                    "convolutions": convolutions,
                     "verification": verification,
                 }
             )
@@ -648,9 +650,10 @@ def _info(arguments: argparse.Namespace) -> int:
         *((f"input {name}", f"{dtype} {_axes(axes)}") for name, (dtype, axes) in session.inputs.items()),
         *((f"output {name}", f"{dtype} {_axes(axes)}") for name, (dtype, axes) in session.outputs.items()),
     ]
-    _print_rows(
-        [("file", str(path)), *_card_rows(card, graph), ("verification", _verification_line(verification))],
-    )
+    rows = [("file", str(path)), *_card_rows(card, graph)]
+    if convolutions is not None:
+        rows.append(("convolutions", convolutions))
+    _print_rows([*rows, ("verification", _verification_line(verification))])
     return 0
 
 

@@ -17,6 +17,7 @@ from models_zoo.specs import FrontendSpec
 
 __all__ = [
     "CARD_KEY",
+    "CONVOLUTIONS_KEY",
     "VERIFICATION_KEY",
     "CheckpointSource",
     "LengthPolicy",
@@ -28,6 +29,9 @@ __all__ = [
 
 CARD_KEY = "crossfade.card"
 """Metadata key of the card's JSON in a ``.safetensors`` or ``.onnx`` file."""
+
+CONVOLUTIONS_KEY = "crossfade.convolutions"
+"""Metadata key of the way in which a ``.onnx`` file computes its convolutions."""
 
 VERIFICATION_KEY = "crossfade.verification"
 """Metadata key of the export verification's JSON in a ``.onnx`` file."""

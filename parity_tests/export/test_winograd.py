@@ -13,9 +13,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export import pt2onnx, winograd
-from export.exporter import CONVOLUTIONS_KEY, export_onnx
+from export.exporter import export_onnx
 from export.verify import example_inputs
 from export.winograd import LEAST_CHANNELS, rewrite_convolutions
+from models_zoo.cards import CONVOLUTIONS_KEY
 from models_zoo.errors import VerificationError
 from parity_tests.networks import card_of, lively
 from parity_tests.tolerances import LOGITS, WINOGRAD

@@ -20,7 +20,7 @@ import soundfile
 
 from infer_tf import cli
 from models_zoo import registry
-from models_zoo.cards import CARD_KEY, VERIFICATION_KEY
+from models_zoo.cards import CARD_KEY, CONVOLUTIONS_KEY, VERIFICATION_KEY
 from models_zoo.presets import get_frontend
 from models_zoo.reference import ReferenceFrontend
 from parity_tests.infer_tf.conftest import RATE, noise
@@ -519,6 +519,16 @@ def test_info_says_what_the_model_is(run, model_path):
     assert data["legal_lengths"]["min_samples"] == 514
     assert data["inputs"]["features"] == {"dtype": "float32", "axes": ["batch", 128, "time"]}
     assert data["verification"] is None
+    assert data["convolutions"] is None
+    assert "convolutions" not in text
+
+
+def test_info_says_how_convolutions_are_computed(run, tmp_path):
+    path, form = tmp_path / "m.onnx", "winograd (6 of them)"
+    path.write_bytes(with_metadata(tiny_proto(), {CARD_KEY: tiny_card().to_json(), CONVOLUTIONS_KEY: form}))
+    (line,) = (line for line in run("info", path).out.splitlines() if line.startswith("convolutions"))
+    assert line.split(maxsplit=1)[1] == form
+    assert json.loads(run("info", path, "--json").out)["convolutions"] == form
 
 
 def test_models_lists_the_zoo(run):
