@@ -28,9 +28,9 @@ from models_zoo.errors import (
 from models_zoo.event_files import write_events
 from models_zoo.events import EventOptions
 from models_zoo.files import replacing
-from models_zoo.images import IMAGE_SUFFIXES
+from models_zoo.images import is_picture
 from models_zoo.prediction import Event, Prediction, average_predictions
-from models_zoo.video import VIDEO_SUFFIXES
+from models_zoo.video import is_video
 
 __all__ = [
     "Request",
@@ -38,8 +38,6 @@ __all__ = [
     "find_events",
     "hearing_all",
     "is_collection",
-    "is_picture",
-    "is_video",
     "list_recordings",
     "predict_files",
     "scores_of",
@@ -130,16 +128,6 @@ def _read_manifest(path: Path) -> list[Path]:
             f"{path}: {f'line {empty[0]} names no file' if empty else 'no rows'}; expected one file per row"
         )
     return [path.parent / name for _, name in names]
-
-
-def is_video(source: object) -> bool:
-    """Return whether a path names a video, by its suffix."""
-    return isinstance(source, (str, Path)) and Path(source).suffix.lower() in VIDEO_SUFFIXES
-
-
-def is_picture(source: object) -> bool:
-    """Return whether a path names a picture, by its suffix."""
-    return isinstance(source, (str, Path)) and Path(source).suffix.lower() in IMAGE_SUFFIXES
 
 
 def scores_of(classifier: TFAudioClassifier, source: Any, request: Request) -> Iterator[Prediction]:

@@ -427,12 +427,12 @@ def _source(name: str) -> Any:
 
 
 def _plot(arguments: argparse.Namespace, classifier: TFAudioClassifier, request: Request) -> None:
-    from infer_tf.batch import hearing_all, is_picture, is_video, scores_of
+    from infer_tf.batch import hearing_all, scores_of
     from infer_tf.plot import plot_prediction
     from models_zoo.audio import load_audio
     from models_zoo.decoding import legal_segments
-    from models_zoo.images import read_image
-    from models_zoo.video import chosen_frames, read_video_audio, read_video_frames
+    from models_zoo.images import is_picture, read_image
+    from models_zoo.video import chosen_frames, is_video, read_video_audio, read_video_frames
 
     name = arguments.inputs[0] if arguments.inputs else arguments.image
     source = _source(name) if arguments.inputs else None

@@ -15,11 +15,11 @@ from models_zoo.decoding import legal_segments
 from models_zoo.errors import AudioDecodeError, ImageDecodeError, MissingDependencyError, VideoDecodeError
 from models_zoo.files import replacing
 from models_zoo.filterbanks import mel_matrix
-from models_zoo.images import IMAGE_SUFFIXES, read_image
+from models_zoo.images import is_picture, read_image
 from models_zoo.prediction import Event, Prediction
 from models_zoo.segments import ScoreJoiner
 from models_zoo.specs import FrontendSpec
-from models_zoo.video import VIDEO_SUFFIXES, read_video_audio, read_video_frames
+from models_zoo.video import is_video, read_video_audio, read_video_frames
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,9 +157,7 @@ def plot_matches(
         AudioDecodeError, ImageDecodeError: the query cannot be read.
         OutputExistsError, OutputWriteError: the sheet cannot be written.
     """
-    shown: list[tuple[str, str, str]] = [
-        (query, "image" if Path(query).suffix.lower() in IMAGE_SUFFIXES else "audio", "query")
-    ]
+    shown: list[tuple[str, str, str]] = [(query, "image" if is_picture(query) else "audio", "query")]
     for rank, match in enumerate(matches, start=1):
         name = match.label or Path(match.path).name
         shown.append((match.path, match.kind, f"{rank}. {_short(name, 20)}  {match.cosine:.3f}"))
@@ -177,7 +175,7 @@ def _draw_thing(axes: Any, classifier: TFAudioClassifier, path: str, kind: str, 
     """Draw one cell of a contact sheet."""
     axes.set_title(_plain(title), fontsize=9)
     try:
-        if Path(path).suffix.lower() in VIDEO_SUFFIXES:
+        if is_video(path):
             thing: Any = (
                 read_video_audio(path, classifier.frontend.spec) if kind == "audio" else read_video_frames(path)[0]
             )

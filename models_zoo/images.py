@@ -24,6 +24,7 @@ __all__ = [
     "ImageSource",
     "ImageSpec",
     "crop_image",
+    "is_picture",
     "load_image",
     "normalise_image",
     "read_image",
@@ -79,6 +80,11 @@ class ImageSpec(Declaration):
         short, long = sorted((width, height))
         scaled = int(self.size * long / short)
         return (self.size, scaled) if width <= height else (scaled, self.size)
+
+
+def is_picture(source: object) -> bool:
+    """Return whether a path names a picture, by its suffix."""
+    return isinstance(source, (str, Path)) and Path(source).suffix.lower() in IMAGE_SUFFIXES
 
 
 def load_image(source: ImageSource, spec: ImageSpec) -> NDArray[np.float32]:

@@ -30,6 +30,7 @@ __all__ = [
     "VideoSource",
     "chosen_frames",
     "frame_indices",
+    "is_video",
     "read_video_audio",
     "read_video_frames",
 ]
@@ -64,6 +65,11 @@ _OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
     "protocol_whitelist": "",  # nothing is opened beside the file given
 }
+
+
+def is_video(source: object) -> bool:
+    """Return whether a path names a video, by its suffix."""
+    return isinstance(source, (str, Path)) and Path(source).suffix.lower() in VIDEO_SUFFIXES
 
 
 def frame_indices(num_frames: int, rate: float) -> list[int]:
